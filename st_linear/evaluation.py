@@ -1,0 +1,367 @@
+"""Correlations with intervals, and Sentence Transformers' similarity evaluator over several text lengths."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from scipy.stats import norm, pearsonr, spearmanr
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
+from sentence_transformers.util import pairwise_cos_sim
+from tqdm.auto import tqdm
+
+from st_linear.data import repeat_to_length, token_counts
+
+logger = logging.getLogger(__name__)
+
+METRICS = ("pearson", "spearman")
+
+# A batch of natural sentences stays as large as asked up to this many tokens a text.
+_TOKENS_PER_TEXT = 256
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """
+    Pearson's and Spearman's correlation of ``n`` pairs, each with the bounds of its confidence interval.
+
+    All figures but ``n`` lie in [-1, 1].
+    """
+
+    pearson: float
+    pearson_low: float
+    pearson_high: float
+    spearman: float
+    spearman_low: float
+    spearman_high: float
+    n: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """
+        Turn the figures into JSON values.
+
+        Returns:
+            The fields by name.
+        """
+        return asdict(self)
+
+
+def correlation(
+    predictions: Sequence[float] | np.ndarray, labels: Sequence[float] | np.ndarray, *, confidence_level: float = 0.95
+) -> Correlation:
+    r"""
+    Correlate predictions with labels.
+
+    Both intervals come from Fisher's transformation, :math:`\tanh(\operatorname{artanh} r \pm z \cdot s)`, with the
+    standard error :math:`s = 1/\sqrt{n - 3}` for Pearson's and Bonett and Wright's
+    :math:`s = \sqrt{(1 + r^2/2)/(n - 3)}` for Spearman's correlation.
+
+    Args:
+        predictions: One number per pair.
+        labels: One number per pair.
+        confidence_level: The probability that an interval shall cover, between 0 and 1.
+
+    Returns:
+        Both correlations with their intervals.
+
+    Raises:
+        ValueError: If the two differ in length, there are fewer than 4 pairs, or either holds NaN or an infinity or
+            is constant, for which a correlation is not defined.
+
+    References:
+        - Bonett and Wright (2000), Sample size requirements for estimating Pearson, Kendall and Spearman correlations,
+          Psychometrika 65, 23–28: https://doi.org/10.1007/BF02294183
+
+    Example:
+        >>> from st_linear.evaluation import correlation
+        >>> result = correlation([0.1, 0.4, 0.35, 0.8, 0.9], [0, 2, 3, 4, 5])
+        >>> round(result.spearman, 6), result.n
+        (0.9, 5)
+        >>> result.pearson_low < result.pearson < result.pearson_high
+        True
+    """
+    if not 0 < confidence_level < 1:
+        raise ValueError(f"confidence_level={confidence_level!r} must be between 0 and 1")
+    x = _checked("predictions", predictions)
+    y = _checked("labels", labels)
+    if len(x) != len(y):
+        raise ValueError(f"predictions has {len(x)} values, labels {len(y)}; they must be as many")
+    n = len(x)
+    pearson = pearsonr(x, y)
+    interval = pearson.confidence_interval(confidence_level)
+    rank = float(spearmanr(x, y).statistic)
+    # Perfect agreement of ranks lies at infinity on Fisher's scale, where its interval is one point.
+    z = math.copysign(math.inf, rank) if abs(rank) >= 1 else math.atanh(rank)
+    margin = float(norm.ppf(0.5 + confidence_level / 2)) * math.sqrt((1 + rank**2 / 2) / (n - 3))
+    return Correlation(
+        pearson=float(pearson.statistic),
+        pearson_low=float(interval.low),
+        pearson_high=float(interval.high),
+        spearman=rank,
+        spearman_low=math.tanh(z - margin),
+        spearman_high=math.tanh(z + margin),
+        n=n,
+    )
+
+
+def report_correlation(metric: str, correlation: Correlation) -> str:
+    """
+    Format one correlation for a table, times 100.
+
+    Args:
+        metric: ``"pearson"`` or ``"spearman"``.
+        correlation: The figures.
+
+    Returns:
+        The value and its interval, e.g. ``"82.74 [81.0, 84.3]"``.
+
+    Raises:
+        ValueError: If ``metric`` is neither.
+    """
+    figures = correlation.as_dict()
+    value, low, high = (100 * figures[f"{_metric('metric', metric)}{bound}"] for bound in ("", "_low", "_high"))
+    return f"{value:.2f} [{low:.1f}, {high:.1f}]"
+
+
+class LengthSimilarityEvaluator(EmbeddingSimilarityEvaluator):
+    """
+    Evaluate a model on sentence pairs whose texts are repeated to one or several lengths in tokens.
+
+    Every length asks the same question of the same pairs (see :func:`~st_linear.data.repeat_to_length`), so what
+    changes from one to the next is the model's reading of long text. Predictions are cosine similarities.
+
+    After a call, ``results`` maps each length to its figures: those of :class:`Correlation`, ``mean_tokens`` (what the
+    model reads of a text, after truncation), ``truncated`` (share of the texts that are longer than the model's
+    ``max_seq_length``), ``seconds`` (encoding alone) and ``tokens_per_second``.
+
+    Args:
+        sentences1: The first sentences of the pairs.
+        sentences2: The second sentences.
+        scores: The gold similarities, on any scale.
+        lengths: Lengths in tokens, special tokens and the model's default prompt included; None is the natural
+            length.
+        primary_length: The one of ``lengths`` whose figure is the primary metric; by default the first.
+        main_metric: The primary metric's kind, ``"pearson"`` or ``"spearman"``.
+        batch_size: Texts per batch up to 256 tokens a text. Longer texts go in proportionally smaller batches, so
+            memory stays about that of ``batch_size * 256`` tokens.
+        name: The data's name, prefix of the metrics and part of the CSV file's name.
+        show_progress_bar: Show progress over lengths and within each.
+        write_csv: Append one row per length and call to a CSV file in ``output_path``.
+
+    Raises:
+        ValueError: If the three columns differ in length, ``lengths`` is empty, has doubles or an entry that is
+            neither None nor a positive integer, or another argument is none of its choices. On a call: if a text is
+            longer than one of ``lengths`` or a correlation is not defined.
+
+    Relations:
+        - ``EmbeddingSimilarityEvaluator`` is the same at natural length, with a choice of similarities and of
+          precision.
+
+    Example:
+        ::
+
+            from st_linear import load
+            from st_linear.data import load_pairs
+            from st_linear.evaluation import LengthSimilarityEvaluator
+
+            pairs = load_pairs("sentence-transformers/stsb", "test")
+            evaluator = LengthSimilarityEvaluator(
+                pairs["sentence1"], pairs["sentence2"], pairs["score"], lengths=(None, 512, 2048), name="stsb"
+            )
+            metrics = evaluator(load("my-model"))
+            # metrics["stsb_spearman_cosine"], metrics["stsb_2048_pearson_cosine"], …
+            # evaluator.results[2048]["tokens_per_second"], …
+    """
+
+    def __init__(
+        self,
+        sentences1: Sequence[str],
+        sentences2: Sequence[str],
+        scores: Sequence[float],
+        *,
+        lengths: Sequence[int | None] = (None,),
+        primary_length: int | None = None,
+        main_metric: Literal["pearson", "spearman"] = "spearman",
+        batch_size: int = 32,
+        name: str = "",
+        show_progress_bar: bool = False,
+        write_csv: bool = True,
+    ) -> None:
+        if not len(sentences1) == len(sentences2) == len(scores):
+            raise ValueError(
+                f"sentences1, sentences2 and scores have {len(sentences1)}, {len(sentences2)} and {len(scores)} "
+                "entries; they must be as many"
+            )
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size={batch_size!r} must be a positive integer")
+        self.lengths = _checked_lengths(lengths)
+        if primary_length is not None and primary_length not in self.lengths:
+            raise ValueError(f"primary_length={primary_length!r} is none of lengths={self.lengths!r}")
+        self.primary_length = self.lengths[0] if primary_length is None else primary_length
+        self.main_metric = _metric("main_metric", main_metric)
+        super().__init__(
+            list(sentences1),
+            list(sentences2),
+            list(scores),
+            batch_size=batch_size,
+            similarity_fn_names=["cosine"],
+            name=name,
+            show_progress_bar=show_progress_bar,
+            write_csv=write_csv,
+        )
+        self.csv_file = f"length_{self.csv_file}"
+        self.csv_headers = [*self.csv_headers[:2], "length", *self.csv_headers[2:], "mean_tokens", "truncated"]
+        prefix = f"{name}_" if name else ""
+        self.primary_metric = f"{prefix}{_metric_key(self.primary_length, self.main_metric)}"
+        self.results: dict[int | None, dict[str, Any]] = {}
+        self._prepared: dict[int | None, tuple[Any, str, list[str], np.ndarray]] = {}
+
+    def __call__(  # type: ignore[override]  # narrows the model, as its parent does
+        self, model: SentenceTransformer, output_path: str | None = None, epoch: int = -1, steps: int = -1
+    ) -> dict[str, float]:
+        """
+        Evaluate a model at every length.
+
+        Args:
+            model: The model.
+            output_path: Folder for the CSV file; None writes none.
+            epoch: Training's epoch, for the CSV file and the model card; -1 outside training.
+            steps: Training's step, likewise.
+
+        Returns:
+            ``{name}_pearson_cosine`` and ``{name}_spearman_cosine`` for the natural length,
+            ``{name}_{length}_pearson_cosine`` and so on for the others.
+        """
+        results: dict[int | None, dict[str, Any]] = {}
+        for length in tqdm(self.lengths, desc="Lengths", unit="length", disable=not self.show_progress_bar):
+            results[length] = self._evaluate(model, length)
+            logger.info(
+                "%s at %s: Pearson %.4f, Spearman %.4f (%.0f tokens a text, %.0f tokens/s)",
+                self.name or "Similarity",
+                "natural length" if length is None else f"{length} tokens",
+                *(results[length][key] for key in (*METRICS, "mean_tokens", "tokens_per_second")),
+            )
+        self.results = results
+        if output_path is not None and self.write_csv:
+            self._append_csv(Path(output_path), epoch, steps)
+        metrics = {
+            _metric_key(length, metric): results[length][metric] for length in self.lengths for metric in METRICS
+        }
+        metrics = self.prefix_name_to_metrics(metrics, self.name)
+        self.store_metrics_in_model_card_data(model, metrics, epoch, steps)
+        return metrics
+
+    def embed_inputs(self, model: SentenceTransformer, sentences: Any, **kwargs: Any) -> np.ndarray:
+        """
+        Encode texts.
+
+        Args:
+            model: The model.
+            sentences: The texts.
+            **kwargs: Go to ``model.encode`` and override this evaluator's own settings.
+
+        Returns:
+            One row per text.
+        """
+        settings = {"batch_size": self.batch_size, "show_progress_bar": self.show_progress_bar, **kwargs}
+        return model.encode(sentences, convert_to_numpy=True, **settings)
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """
+        List what the model card shall tell of this evaluator.
+
+        Returns:
+            The lengths and the protocol that brought the texts to them.
+        """
+        return {"lengths": list(self.lengths), "protocol": "repeat"}
+
+    def _evaluate(self, model: SentenceTransformer, length: int | None) -> dict[str, Any]:
+        texts, counts = self._texts(model, length)
+        limit = model.max_seq_length or math.inf
+        read = np.minimum(counts, limit)
+        batch_size = max(1, int(self.batch_size * min(1.0, _TOKENS_PER_TEXT / max(1.0, read.max()))))
+        start = time.perf_counter()
+        embeddings = self.embed_inputs(model, texts, batch_size=batch_size)
+        seconds = time.perf_counter() - start
+        half = len(self.sentences1)
+        predictions = pairwise_cos_sim(embeddings[:half], embeddings[half:]).cpu().numpy()
+        return {
+            **correlation(predictions, self.scores).as_dict(),
+            "mean_tokens": float(read.mean()),
+            "truncated": float((counts > limit).mean()),
+            "seconds": seconds,
+            "tokens_per_second": float(read.sum() / seconds),
+        }
+
+    def _texts(self, model: SentenceTransformer, length: int | None) -> tuple[list[str], np.ndarray]:
+        """Both sides' texts at a length and their token counts, kept for the next call with the same tokenizer."""
+        tokenizer = model.tokenizer
+        prompt = model.prompts.get(model.default_prompt_name) if model.default_prompt_name else None
+        prompt = prompt or ""
+        kept = self._prepared.get(length)
+        if kept is not None and kept[0] is tokenizer and kept[1] == prompt:
+            return kept[2], kept[3]
+        texts = [*self.sentences1, *self.sentences2]
+        if length is not None:
+            # encode() puts the prompt before every text; without room for it each text would lose its end.
+            empty, prompted = token_counts(["", prompt], tokenizer)
+            texts = repeat_to_length(texts, tokenizer, length - (prompted - empty))
+        distinct = list(dict.fromkeys(texts))
+        tokens = dict(zip(distinct, token_counts([prompt + text for text in distinct], tokenizer), strict=True))
+        counts = np.array([tokens[text] for text in texts])
+        self._prepared[length] = (tokenizer, prompt, texts, counts)
+        return texts, counts
+
+    def _append_csv(self, folder: Path, epoch: int, steps: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / self.csv_file
+        new = not path.exists()
+        with open(path, "a", newline="", encoding="utf-8") as handle:
+            writer = csv.writer(handle)
+            if new:
+                writer.writerow(self.csv_headers)
+            for length, figures in self.results.items():
+                row = [figures[key] for key in (*METRICS, "mean_tokens", "truncated")]
+                writer.writerow([epoch, steps, "natural" if length is None else length, *row])
+
+
+def _metric_key(length: int | None, metric: str) -> str:
+    return f"{metric}_cosine" if length is None else f"{length}_{metric}_cosine"
+
+
+def _metric(argument: str, metric: str) -> str:
+    if metric not in METRICS:
+        raise ValueError(f"{argument}={metric!r} is none of {', '.join(METRICS)}")
+    return metric
+
+
+def _checked_lengths(lengths: Sequence[int | None]) -> tuple[int | None, ...]:
+    checked = tuple(lengths)
+    if not checked or len(set(checked)) != len(checked):
+        raise ValueError(f"lengths={checked!r} must hold at least one length, and each only once")
+    for length in checked:
+        if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 1):
+            raise ValueError(f"lengths={checked!r}: {length!r} is neither None (natural) nor a positive integer")
+    return checked
+
+
+def _checked(name: str, values: Sequence[float] | np.ndarray) -> np.ndarray:
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 1:
+        raise ValueError(f"{name} has shape {array.shape}; one number per pair is needed")
+    if len(array) < 4:
+        raise ValueError(f"{name} has {len(array)} values; a correlation with an interval needs at least 4")
+    if not np.isfinite(array).all():
+        position = int(np.flatnonzero(~np.isfinite(array))[0])
+        raise ValueError(f"{name}[{position}] is {array[position]}; every value must be finite")
+    if (array == array[0]).all():
+        raise ValueError(f"{name} are all {array[0]:g}; a correlation with a constant is not defined")
+    return array

@@ -1,0 +1,467 @@
+"""Feature maps φ of linear attention: the base class, the registry, and the maps.
+
+Linear attention replaces the softmax weight ``exp(q·k)`` by ``φ_q(q)·φ_k(k)``. A new map is one class with
+:func:`register_feature_map` above it: the tests, the command line and the docs read the registry.
+
+Shapes follow :mod:`st_linear.attention`: B batch, H heads, T tokens, D head size, R features.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Mapped(NamedTuple):
+    """Mapped queries or keys, ``φ(x) = exp(log_scale) · features``.
+
+    Attributes:
+        features: (B, H, T, R), of moderate size whatever the input.
+        log_scale: what was taken out of the exponent; broadcasts to (B, H, T, 1) for queries and to (B, H, 1, 1) for
+            keys, where one constant per text and head keeps the sum over keys a plain sum.
+    """
+
+    features: Tensor
+    log_scale: Tensor
+
+
+_REGISTRY: dict[str, type[FeatureMap]] = {}
+
+
+def register_feature_map(name: str) -> Callable[[type[FeatureMap]], type[FeatureMap]]:
+    """Class decorator that makes a feature map known under ``name``.
+
+    Args:
+        name: The value of ``feature_map=`` that selects it.
+
+    Raises:
+        ValueError: If the name is taken.
+    """
+
+    def register(cls: type[FeatureMap]) -> type[FeatureMap]:
+        if name in _REGISTRY:
+            raise ValueError(f"feature map {name!r} is registered already, by {_REGISTRY[name].__qualname__}")
+        cls.name = name
+        _REGISTRY[name] = cls
+        return cls
+
+    return register
+
+
+def feature_map_names() -> list[str]:
+    """Names that ``feature_map=`` accepts, in order of registration."""
+    return list(_REGISTRY)
+
+
+def feature_map_class(name: str) -> type[FeatureMap]:
+    """The class registered under ``name``.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if name not in _REGISTRY:
+        raise ValueError(f"unknown feature_map {name!r}; choose one of: {', '.join(_REGISTRY)}")
+    return _REGISTRY[name]
+
+
+def make_feature_map(name: str, num_heads: int, head_dim: int, *, seed: int = 0, **options: Any) -> FeatureMap:
+    """Build a feature map for one attention layer.
+
+    Args:
+        name: One of :func:`feature_map_names`.
+        num_heads: H.
+        head_dim: D.
+        seed: Random features, and random parts of a learned map's start, are a function of it.
+        **options: Options of the map, e.g. ``num_features=128``.
+
+    Raises:
+        ValueError: If the name or an option is unknown.
+
+    Example:
+        >>> make_feature_map("favor", num_heads=12, head_dim=32, num_features=64).num_features
+        64
+    """
+    check_feature_map_options(name, options)
+    return feature_map_class(name)(num_heads, head_dim, seed=seed, **options)
+
+
+def check_feature_map_options(name: str, options: Mapping[str, Any]) -> None:
+    """Raise a ValueError unless there is a map ``name`` and it has these options."""
+    parameters = inspect.signature(feature_map_class(name)).parameters
+    known = [option for option in parameters if option not in ("num_heads", "head_dim", "seed")]
+    for option in options:
+        if option not in known:
+            choices = ", ".join(known) or "none"
+            raise ValueError(f"feature map {name!r} has no option {option!r}; its options: {choices}")
+
+
+def _check_num_features(num_features: int, multiple_of: int = 1) -> int:
+    if isinstance(num_features, bool) or not isinstance(num_features, int) or num_features < 1:
+        raise ValueError(f"num_features must be a positive integer, got {num_features!r}")
+    if num_features % multiple_of:
+        raise ValueError(f"num_features must be a multiple of {multiple_of}, got {num_features}")
+    return num_features
+
+
+class FeatureMap(nn.Module):
+    """Base class: maps queries and keys so that ``φ_q(q_i)·φ_k(k_j)`` stands for an attention weight.
+
+    Inputs are already scaled (``x · scale**0.5``, so that ``q·k`` is the logit of softmax attention), zero where
+    ``mask`` is False, and float32 or float64. Features at masked slots are unspecified: attention multiplies them
+    away. Maps are scaled so that a weight is comparable with ``exp(q·k)``, most by ``1/sqrt(R)``: near/far attention
+    needs it, purely linear attention does not see it.
+
+    Args:
+        num_heads: H.
+        head_dim: D.
+        seed: Seed of everything random in the map.
+    """
+
+    name: ClassVar[str]
+    num_features: int
+    exact: ClassVar[bool] = False
+    """Whether the map stands for softmax attention itself, which no finite φ gives."""
+
+    def __init__(self, num_heads: int, head_dim: int, *, seed: int = 0) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.head_dim = head_dim
+        self.seed = seed
+
+    def query(self, query: Tensor, mask: Tensor | None) -> Mapped:
+        """Map queries.
+
+        Args:
+            query: (B, H, T, D).
+            mask: (B, 1, T, 1) bool, True = token, or None where all are.
+        """
+        raise NotImplementedError
+
+    def key(self, key: Tensor, mask: Tensor | None) -> Mapped:
+        """Map keys; shapes as in :meth:`query`."""
+        raise NotImplementedError
+
+    def redraw(self, seed: int) -> None:
+        """Draw random features anew from ``seed``. Maps without any keep what they learned."""
+        self.seed = seed
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, head_dim={self.head_dim}, num_features={self.num_features}"
+
+
+class PointwiseFeatureMap(FeatureMap):
+    """A map that treats queries and keys alike, token by token, and needs no stabiliser."""
+
+    def features(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _mapped(self, x: Tensor) -> Mapped:
+        return Mapped(self.features(x) * self.num_features**-0.5, x.new_zeros(()))
+
+    def query(self, query: Tensor, mask: Tensor | None) -> Mapped:
+        return self._mapped(query)
+
+    def key(self, key: Tensor, mask: Tensor | None) -> Mapped:
+        return self._mapped(key)
+
+
+class ExponentialFeatureMap(FeatureMap):
+    """A map of the form ``φ(x) = exp(logits(x)) / sqrt(R)``, evaluated without overflow.
+
+    The largest logit is taken out: per token for queries, per text and head for keys, over valid keys only.
+    """
+
+    def query_logits(self, query: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def key_logits(self, key: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def query(self, query: Tensor, mask: Tensor | None) -> Mapped:
+        logits = self.query_logits(query)
+        # The stabiliser cancels in the normalised output, so no gradient flows through it.
+        log_scale = logits.detach().amax(dim=-1, keepdim=True)
+        return Mapped((logits - log_scale).exp() * self.num_features**-0.5, log_scale)
+
+    def key(self, key: Tensor, mask: Tensor | None) -> Mapped:
+        logits = self.key_logits(key)
+        largest = logits.detach()
+        if mask is not None:
+            logits = logits.masked_fill(~mask, -math.inf)
+            # An empty text has no largest logit; any finite value will do, as none of its keys counts.
+            largest = logits.detach().masked_fill(~mask.any(dim=-2, keepdim=True), 0.0)
+        log_scale = largest.amax(dim=(-2, -1), keepdim=True)
+        return Mapped((logits - log_scale).exp() * self.num_features**-0.5, log_scale)
+
+
+@register_feature_map("softmax")
+class Softmax(FeatureMap):
+    """Exact attention, ``exp(q·k)``: no feature map, but the control of every comparison. Quadratic time."""
+
+    exact = True
+    num_features = 0
+
+
+@register_feature_map("elu")
+class Elu(PointwiseFeatureMap):
+    """``φ(x) = elu(x) + 1``; R = D.
+
+    Written ``where(x >= 0, x + 1, exp(min(x, 0)))``: the plain form rounds to 0 in bfloat16 below -6.
+
+    References:
+        - Transformers are RNNs: https://arxiv.org/abs/2006.16236
+    """
+
+    def __init__(self, num_heads: int, head_dim: int, *, seed: int = 0) -> None:
+        super().__init__(num_heads, head_dim, seed=seed)
+        self.num_features = head_dim
+
+    def features(self, x: Tensor) -> Tensor:
+        return torch.where(x >= 0, x + 1, x.clamp(max=0).exp())
+
+
+@register_feature_map("relu")
+class Relu(PointwiseFeatureMap):
+    """``φ(x) = relu(x)``; R = D. A query that meets no key in any feature gets a zero output.
+
+    References:
+        - Finetuning Pretrained Transformers into RNNs: https://arxiv.org/abs/2103.13076 (the map without its layer)
+    """
+
+    def __init__(self, num_heads: int, head_dim: int, *, seed: int = 0) -> None:
+        super().__init__(num_heads, head_dim, seed=seed)
+        self.num_features = head_dim
+
+    def features(self, x: Tensor) -> Tensor:
+        return F.relu(x)
+
+
+def orthogonal_features(num_heads: int, num_features: int, head_dim: int, seed: int) -> Tensor:
+    """Gaussian rows, orthogonal in blocks of D, drawn anew for each head: (H, R, D), a function of ``seed`` alone.
+
+    References:
+        - Rethinking Attention with Performers, section 2.4: https://arxiv.org/abs/2009.14794
+    """
+    from performer_pytorch.performer_pytorch import gaussian_orthogonal_random_matrix
+
+    # performer-pytorch draws from the global generator: lend it ours, and leave the caller's as it was. The CPU's
+    # alone: torch.manual_seed would seed every GPU's too, and they would stay so.
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        rows = torch.stack(
+            [gaussian_orthogonal_random_matrix(num_features, head_dim, device="cpu") for _ in range(num_heads)]
+        )
+        # The signs of its QR follow the draw, so that row r leans to one side of axis r: random signs undo that.
+        rows = rows * (2 * torch.randint(2, (num_heads, num_features, 1), device="cpu") - 1)
+    return rows.to(torch.get_default_device())
+
+
+class RandomFeatures(FeatureMap):
+    """A map with a random projection ``w`` of shape (H, R, D), kept as a buffer."""
+
+    projection: Tensor
+
+    def __init__(self, num_heads: int, head_dim: int, *, seed: int = 0, num_features: int = 256) -> None:
+        super().__init__(num_heads, head_dim, seed=seed)
+        self.num_features = _check_num_features(num_features)
+        self.register_buffer("projection", orthogonal_features(num_heads, num_features, head_dim, seed))
+
+    def redraw(self, seed: int) -> None:
+        super().redraw(seed)
+        self.projection.copy_(orthogonal_features(self.num_heads, self.num_features, self.head_dim, seed))
+
+    def project(self, x: Tensor) -> Tensor:
+        return x @ self.projection.to(x.dtype).transpose(-1, -2)
+
+
+@register_feature_map("favor")
+class Favor(RandomFeatures, ExponentialFeatureMap):
+    """FAVOR+, ``φ(x) = exp(w·x - |x|²/2) / sqrt(R)``: an unbiased, positive estimate of ``exp(q·k)``.
+
+    Args:
+        num_features: R; the variance of the estimate falls as 1/R.
+
+    References:
+        - Rethinking Attention with Performers: https://arxiv.org/abs/2009.14794
+    """
+
+    def query_logits(self, query: Tensor) -> Tensor:
+        return self.project(query) - query.square().sum(dim=-1, keepdim=True) / 2
+
+    def key_logits(self, key: Tensor) -> Tensor:
+        return self.query_logits(key)
+
+
+@register_feature_map("favor_relu")
+class FavorRelu(RandomFeatures, PointwiseFeatureMap):
+    """FAVOR's generalised attention, ``φ(x) = (relu(w·x) + 0.001) / sqrt(R)``.
+
+    Args:
+        num_features: R.
+
+    References:
+        - Rethinking Attention with Performers, section 2.2: https://arxiv.org/abs/2009.14794
+    """
+
+    def features(self, x: Tensor) -> Tensor:
+        return F.relu(self.project(x)) + 1e-3
+
+
+class LearnedProjection(nn.Module):
+    """``W x + b`` per head. W starts as the identity, continued by seeded orthogonal rows where R > D.
+
+    Shapes: x (B, H, T, D) to (B, H, T, R).
+    """
+
+    def __init__(self, num_heads: int, num_features: int, head_dim: int, seed: int) -> None:
+        super().__init__()
+        weight = torch.eye(num_features, head_dim).expand(num_heads, -1, -1).clone()
+        if num_features > head_dim:
+            weight[:, head_dim:] = orthogonal_features(num_heads, num_features - head_dim, head_dim, seed)
+        self.weight = nn.Parameter(weight)
+        self.bias = nn.Parameter(torch.zeros(num_heads, 1, num_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.to(x.dtype).transpose(-1, -2) + self.bias.to(x.dtype)
+
+
+@register_feature_map("hedgehog")
+class Hedgehog(ExponentialFeatureMap):
+    """Hedgehog, ``φ(x) = [exp(Wx + b), exp(-Wx - b)] / sqrt(R)``, W and b learned per head, apart for q and k.
+
+    Args:
+        num_features: R, even; 2·D by default, where W is square and starts as the identity.
+
+    References:
+        - The Hedgehog & the Porcupine: https://arxiv.org/abs/2402.04347
+    """
+
+    def __init__(self, num_heads: int, head_dim: int, *, seed: int = 0, num_features: int | None = None) -> None:
+        super().__init__(num_heads, head_dim, seed=seed)
+        self.num_features = _check_num_features(2 * head_dim if num_features is None else num_features, multiple_of=2)
+        self.query_projection = LearnedProjection(num_heads, self.num_features // 2, head_dim, seed)
+        self.key_projection = LearnedProjection(num_heads, self.num_features // 2, head_dim, seed)
+
+    def query_logits(self, query: Tensor) -> Tensor:
+        logits = self.query_projection(query)
+        return torch.cat([logits, -logits], dim=-1)
+
+    def key_logits(self, key: Tensor) -> Tensor:
+        logits = self.key_projection(key)
+        return torch.cat([logits, -logits], dim=-1)
+
+
+@register_feature_map("t2r")
+class T2R(FeatureMap):
+    """Transformer-to-RNN, ``φ(x) = relu(Wx + b) / sqrt(R)``, W and b learned per head, apart for q and k.
+
+    Args:
+        num_features: R; D by default.
+
+    References:
+        - Finetuning Pretrained Transformers into RNNs: https://arxiv.org/abs/2103.13076
+    """
+
+    def __init__(self, num_heads: int, head_dim: int, *, seed: int = 0, num_features: int | None = None) -> None:
+        super().__init__(num_heads, head_dim, seed=seed)
+        self.num_features = _check_num_features(head_dim if num_features is None else num_features)
+        self.query_projection = LearnedProjection(num_heads, self.num_features, head_dim, seed)
+        self.key_projection = LearnedProjection(num_heads, self.num_features, head_dim, seed)
+
+    def query(self, query: Tensor, mask: Tensor | None) -> Mapped:
+        return Mapped(F.relu(self.query_projection(query)) * self.num_features**-0.5, query.new_zeros(()))
+
+    def key(self, key: Tensor, mask: Tensor | None) -> Mapped:
+        return Mapped(F.relu(self.key_projection(key)) * self.num_features**-0.5, key.new_zeros(()))
+
+
+@register_feature_map("cosformer")
+class Cosformer(FeatureMap):
+    """cosFormer, ``w_ij = relu(q_i)·relu(k_j) · cos(π/2 · (i - j)/n)``, n the text's number of tokens; R = 2·D.
+
+    The cosine splits as ``cos a cos b + sin a sin b``. Positions count valid tokens, so padding does not move them.
+
+    References:
+        - cosFormer: Rethinking Softmax in Attention: https://arxiv.org/abs/2202.08791
+    """
+
+    def __init__(self, num_heads: int, head_dim: int, *, seed: int = 0) -> None:
+        super().__init__(num_heads, head_dim, seed=seed)
+        self.num_features = 2 * head_dim
+
+    def query(self, query: Tensor, mask: Tensor | None) -> Mapped:
+        if mask is None:
+            length = max(query.shape[-2], 1)
+            angle = torch.arange(query.shape[-2], device=query.device, dtype=query.dtype)[:, None] / length
+        else:
+            angle = (mask.cumsum(dim=-2) - 1) / mask.sum(dim=-2, keepdim=True).clamp(min=1).to(query.dtype)
+        angle = angle * (math.pi / 2)
+        active = F.relu(query)
+        features = torch.cat([active * angle.cos(), active * angle.sin()], dim=-1)
+        return Mapped(features * self.num_features**-0.5, query.new_zeros(()))
+
+    def key(self, key: Tensor, mask: Tensor | None) -> Mapped:
+        return self.query(key, mask)
+
+
+@register_feature_map("taylor")
+class Taylor(PointwiseFeatureMap):
+    """Second-order Taylor expansion of the softmax kernel, ``1 + s + s²/2`` with ``s = q·k``; R = 1 + D + D(D+1)/2.
+
+    Always positive, as ``1 + s + s²/2 = ((1 + s)² + 1) / 2``. Costs D/2 times as much as ``elu``.
+
+    References:
+        - Linear Transformers with Learnable Kernel Functions (Based): https://arxiv.org/abs/2402.18668
+    """
+
+    pairs: Tensor
+
+    def __init__(self, num_heads: int, head_dim: int, *, seed: int = 0) -> None:
+        super().__init__(num_heads, head_dim, seed=seed)
+        self.register_buffer("pairs", torch.triu_indices(head_dim, head_dim), persistent=False)
+
+    @property
+    def num_features(self) -> int:  # type: ignore[override]
+        return 1 + self.head_dim + self.pairs.shape[1]
+
+    def _mapped(self, x: Tensor) -> Mapped:
+        # The expansion estimates exp(q·k) as it is: no mean over features.
+        return Mapped(self.features(x), x.new_zeros(()))
+
+    def features(self, x: Tensor) -> Tensor:
+        row, column = self.pairs
+        # x_a x_b stands once for (a, b) and (b, a): weight 1 where a != b, 1/2 on the diagonal.
+        weight = torch.ones_like(row, dtype=x.dtype).masked_fill(row == column, 0.5**0.5)
+        return torch.cat([torch.ones_like(x[..., :1]), x, x[..., row] * x[..., column] * weight], dim=-1)
+
+
+@register_feature_map("efficient")
+class Efficient(FeatureMap):
+    """Efficient attention, softmax of the query over features and of the key over tokens; R = D.
+
+    Keys are multiplied by the text's number of tokens, so that the mean weight is 1, as near/far attention needs.
+
+    References:
+        - Efficient Attention: Attention with Linear Complexities: https://arxiv.org/abs/1812.01243
+    """
+
+    def __init__(self, num_heads: int, head_dim: int, *, seed: int = 0) -> None:
+        super().__init__(num_heads, head_dim, seed=seed)
+        self.num_features = head_dim
+
+    def query(self, query: Tensor, mask: Tensor | None) -> Mapped:
+        return Mapped(query.softmax(dim=-1), query.new_zeros(()))
+
+    def key(self, key: Tensor, mask: Tensor | None) -> Mapped:
+        if mask is None:
+            return Mapped(key.softmax(dim=-2) * key.shape[-2], key.new_zeros(()))
+        # A text without a token keeps finite logits: its keys are multiplied away, and so are their gradients.
+        hidden = ~mask & mask.any(dim=-2, keepdim=True)
+        features = key.masked_fill(hidden, -math.inf).softmax(dim=-2)
+        return Mapped(features * mask.sum(dim=-2, keepdim=True), key.new_zeros(()))

@@ -1,0 +1,171 @@
+"""Plots of learning curves and of Pearson correlation by text length (extra: quickstart)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from st_linear.records import atomic_path
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito (2008), which colour-blind readers can tell apart, without the yellow that fades on white.
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+_MARKERS = ("o", "s", "^", "D", "v")
+_SUFFIXES = (".svg", ".png")
+
+
+def plot_learning_curves(curves: dict[str, list[dict[str, Any]]], path: str | Path) -> None:
+    """
+    Plot how fast students learn: dev Pearson times 100 against the pairs seen, one line per student.
+
+    Args:
+        curves: By student, its points in the order of training, each with ``examples`` and ``pearson``.
+        path: A ``.svg`` or ``.png`` file, written atomically.
+
+    Raises:
+        ValueError: If there is nothing to draw, a point lacks a figure, or the suffix is another.
+        ImportError: If matplotlib is not installed.
+    """
+    figure, axes = new_figure(path)
+    _nonempty("curves", curves)
+    for index, (student, points) in enumerate(curves.items()):
+        x = _column("curves", student, points, "examples")
+        y = [100 * value for value in _column("curves", student, points, "pearson")]
+        axes.plot(x, y, label=student, **_line(index))
+    axes.set_xlabel("training pairs seen")
+    axes.set_ylabel("Pearson × 100 on dev")
+    axes.set_title("Learning: the further up and to the left, the better", loc="left")
+    _save(figure, axes, path)
+
+
+def plot_pearson_by_length(results: dict[str, dict[int | None, dict[str, Any]]], path: str | Path) -> None:
+    """
+    Plot how models hold up as texts grow: Pearson times 100 with its interval against tokens, one line per model.
+
+    Args:
+        results: By model, the figures by length as ``LengthSimilarityEvaluator.results`` holds them (``pearson``,
+            ``pearson_low``, ``pearson_high``, ``mean_tokens``). The natural length, None (or ``"null"`` as in a
+            record read back from JSON), is drawn at its ``mean_tokens``, and so is a length at which texts were cut.
+            Lengths read on equally many pairs (``n``) are joined by a line.
+        path: A ``.svg`` or ``.png`` file, written atomically.
+
+    Raises:
+        ValueError: If there is nothing to draw, a figure is missing, or the suffix is another.
+        ImportError: If matplotlib is not installed.
+    """
+    figure, axes = new_figure(path)
+    _nonempty("results", results)
+    ticks: set[int] = set()
+    for index, (model, by_length) in enumerate(results.items()):
+        columns = {
+            key: _column("results", model, list(by_length.values()), key)
+            for key in ("pearson", "pearson_low", "pearson_high", "mean_tokens")
+        }
+        natural = [length in (None, "null") for length in by_length]
+        tokens = [
+            mean if is_natural or figures.get("truncated") else float(length)  # type: ignore[arg-type]
+            for (length, figures), is_natural, mean in zip(
+                by_length.items(), natural, columns["mean_tokens"], strict=True
+            )
+        ]
+        ticks.update(round(count) for count in tokens)
+        pairs = [figures.get("n") for figures in by_length.values()]
+        points = sorted(
+            zip(tokens, columns["pearson"], columns["pearson_low"], columns["pearson_high"], pairs, strict=True)
+        )
+        # A little apart, so that the bars of models measured at the same length stay legible.
+        apart = 2 ** (0.06 * (index - (len(results) - 1) / 2))
+        # One line for each set of pairs: figures on other pairs are no continuation.
+        for number, same in enumerate(dict.fromkeys(pairs)):
+            part = [point for point in points if point[4] == same]
+            axes.errorbar(
+                [x * apart for x, *_ in part],
+                [100 * value for _, value, *_ in part],
+                yerr=[
+                    [100 * (value - low) for _, value, low, *_ in part],
+                    [100 * (high - value) for _, value, _, high, _ in part],
+                ],
+                label=model if number == 0 else None,
+                capsize=3,
+                **_line(index),
+            )
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(_apart(sorted(ticks)))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.minorticks_off()
+    axes.set_xlabel("tokens per text")
+    axes.set_ylabel("Pearson × 100")
+    axes.set_title("The same texts, longer: the flatter, the better (bars: 95 % intervals)", loc="left")
+    _save(figure, axes, path)
+
+
+def new_figure(path: str | Path) -> tuple[Figure, Axes]:
+    """
+    Start a figure that can be saved at ``path``.
+
+    Raises:
+        ValueError: If the suffix is none of ``.svg`` and ``.png``.
+        ImportError: If matplotlib is not installed.
+    """
+    if Path(path).suffix.lower() not in _SUFFIXES:
+        raise ValueError(f"path={str(path)!r} must end in {' or '.join(_SUFFIXES)}")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('plots need matplotlib: pip install "st-linear[quickstart]"') from error
+    figure = Figure(figsize=(8, 4.8), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="0.9")
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _line(index: int) -> dict[str, Any]:
+    return {
+        "color": _COLORS[index % len(_COLORS)],
+        "marker": _MARKERS[index % len(_MARKERS)],
+        # Broken lines show what lies below, where two models agree.
+        "linestyle": ("-", "--", "-.", ":")[index % 4],
+        "markersize": 4.5,
+        "linewidth": 1.6,
+    }
+
+
+def _nonempty(argument: str, lines: dict[str, Any]) -> None:
+    if not lines:
+        raise ValueError(f"{argument} is empty: nothing to draw")
+    for name, points in lines.items():
+        if not points:
+            raise ValueError(f"{argument}[{name!r}] is empty: nothing to draw")
+
+
+def _column(argument: str, name: str, points: Sequence[dict[str, Any]], key: str) -> list[float]:
+    values = [point.get(key) for point in points]
+    for value in values:
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ValueError(f"{argument}[{name!r}]: {key} is {value!r} in one of its points; a number is needed")
+    return [float(value) for value in values if value is not None]
+
+
+def _apart(ticks: Sequence[int]) -> list[int]:
+    """Leave out ticks whose labels would run into the one before."""
+    kept: list[int] = []
+    for tick in ticks:
+        if not kept or tick >= 1.3 * kept[-1]:
+            kept.append(tick)
+    return kept
+
+
+def _save(figure: Figure, axes: Axes, path: str | Path) -> None:
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    suffix = Path(path).suffix.lower()[1:]
+    # Without a date, the same figures give the same picture.
+    metadata = {"Date": None} if suffix == "svg" else None
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format=suffix, dpi=150, metadata=metadata)

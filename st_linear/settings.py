@@ -1,0 +1,113 @@
+"""What a distillation is asked to do: how its students attend, and what it may cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from st_linear.conversion import check_settings
+from st_linear.losses import Head, Objective, TeacherActivation, check_choice
+
+Transfer = Literal["none", "maps", "all"]
+
+_POSITIVE_SETTINGS = (
+    "epochs",
+    "batch_size",
+    "learning_rate",
+    "transfer_epochs",
+    "transfer_steps",
+    "maps_learning_rate",
+    "evaluations",
+    "max_seq_length",
+)
+
+
+@dataclass(frozen=True)
+class Student:
+    """How a student attends, and what it is taught before distillation.
+
+    Attributes:
+        feature_map: Name of a feature map; ``softmax`` is the control.
+        window: Near window in tokens; 0 = purely linear.
+        transfer: Attention transfer first: ``"none"``, to the ``"maps"`` alone, or to ``"all"`` of the student.
+        feature_map_kwargs: Options of the map.
+        exact_layers: Layers that keep softmax.
+    """
+
+    feature_map: str = "hedgehog"
+    window: int = 64
+    transfer: Transfer = "maps"
+    feature_map_kwargs: dict[str, Any] | None = None
+    exact_layers: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_choice("transfer", self.transfer, Transfer)
+        check_settings(
+            feature_map=self.feature_map,
+            window=self.window,
+            exact_layers=self.exact_layers,
+            feature_map_kwargs=self.feature_map_kwargs,
+        )
+        if self.feature_map == "softmax" and self.transfer != "none":
+            raise ValueError(f"feature_map='softmax' is what transfer={self.transfer!r} aims at: pass transfer='none'")
+
+
+STUDENTS = {
+    "softmax student": Student("softmax", window=0, transfer="none"),
+    "near/far student": Student("hedgehog", window=64, transfer="maps"),
+    "linear student": Student("hedgehog", window=0, transfer="all"),
+}
+"""The students of ``quickstart``: the control, the one that keeps short texts' vectors, and the purely linear one."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a distillation costs and how it is judged; the same for every student of a comparison.
+
+    Attributes:
+        epochs: Passes over the training pairs.
+        batch_size: Pairs per step.
+        learning_rate: Peak of a schedule with 10 % warm-up and linear decay.
+        alpha: Weight of the teacher against the gold scores.
+        head: The student's score: ``"cosine"`` or ``"dse"``.
+        objective: ``"mse"`` or ``"cosent"``.
+        teacher_activation: Applied to the teacher's logits: ``"sigmoid"`` or ``"identity"``.
+        transfer_epochs: Passes of whole-student transfer over the training sentences.
+        transfer_steps: Steps of maps-only transfer, each on four texts of 256–1,024 tokens, or of 4–16 windows.
+        maps_learning_rate: Of feature maps and gains, in transfer.
+        evaluations: Points of the learning curve.
+        lengths: Lengths in tokens at which the test pairs are read again; none for the DSE head.
+        pairs_at_length: How many test pairs, evenly spaced, are read at each length; natural length reads all.
+        max_seq_length: Of the students.
+        seed: Of everything random.
+    """
+
+    epochs: float = 2
+    batch_size: int = 32
+    learning_rate: float = 3e-5
+    alpha: float = 0.5
+    head: Head = "cosine"
+    objective: Objective = "mse"
+    teacher_activation: TeacherActivation = "sigmoid"
+    transfer_epochs: float = 2
+    transfer_steps: int = 120
+    maps_learning_rate: float = 1e-2
+    evaluations: int = 8
+    lengths: tuple[int, ...] = (512, 1024, 2048)
+    pairs_at_length: int = 200
+    max_seq_length: int = 8192
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_choice("head", self.head, Head)
+        check_choice("objective", self.objective, Objective)
+        check_choice("teacher_activation", self.teacher_activation, TeacherActivation)
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha must lie in 0..1, got {self.alpha!r}")
+        if self.head == "dse" and self.lengths:
+            raise ValueError(f"head='dse' is measured at natural length alone, got lengths={self.lengths}")
+        if self.pairs_at_length < 4:
+            raise ValueError(f"pairs_at_length must be at least 4, got {self.pairs_at_length!r}")
+        for name in _POSITIVE_SETTINGS:
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")

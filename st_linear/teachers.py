@@ -1,0 +1,247 @@
+"""CrossEncoder teachers: their scores as a second value in the label column, cached; and one trained here."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from datasets import Dataset, Value
+from sentence_transformers import CrossEncoder
+from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncoderTrainingArguments
+from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
+from transformers import set_seed
+
+from st_linear.checkpoints import hub_out_of_reach
+from st_linear.losses import TEACHER_ACTIVATIONS, TeacherActivation, check_choice, check_teacher
+from st_linear.records import read_json, write_json
+
+_SCORE_COLUMNS = {"sigmoid": "score", "identity": "logit"}
+
+
+def load_teacher(teacher: str | os.PathLike[str] | CrossEncoder, **kwargs: Any) -> CrossEncoder:
+    """A CrossEncoder with one label, from a hub id or folder; one that is loaded already passes through.
+
+    Raises:
+        ValueError: If it has several labels.
+        FileNotFoundError: If there is no such folder, and no such model on the hub.
+    """
+    if isinstance(teacher, (str, os.PathLike)):
+        if not os.path.isdir(teacher) and not kwargs.get("local_files_only"):
+            kwargs["local_files_only"] = hub_out_of_reach(str(teacher), revision=kwargs.get("revision"))
+        try:
+            return load_teacher(CrossEncoder(str(teacher), **kwargs))
+        except OSError as error:
+            if os.path.isdir(teacher):
+                reason = str(error).partition("\n")[0]
+                raise ValueError(f"{teacher} is no CrossEncoder that can be read ({reason})") from error
+            raise FileNotFoundError(
+                f"no folder {str(teacher)!r} here, and no such CrossEncoder could be had from the Hugging Face Hub"
+            ) from error
+    check_teacher(teacher)
+    return teacher
+
+
+def add_teacher_scores(
+    dataset: Dataset,
+    teacher: CrossEncoder | str | os.PathLike[str],
+    *,
+    activation: TeacherActivation = "sigmoid",
+    split: Literal["train", "dev", "test"] = "train",
+    batch_size: int = 64,
+    cache_folder: str | os.PathLike[str] | None = None,
+    show_progress_bar: bool = True,
+) -> Dataset:
+    """Put a teacher's scores beside the gold scores: the label column becomes ``[gold, teacher]``.
+
+    Scores are computed once and cached under a fingerprint of the texts, the teacher's weights and ``activation``.
+
+    Args:
+        dataset: Columns ``sentence1``, ``sentence2`` and, unless pairs are unlabelled, ``score``.
+        teacher: A CrossEncoder, its hub id or folder; or a folder of score files, ``{split}.csv`` with columns
+            ``logit,score``, row for row as the dataset.
+        activation: Applied to the teacher's logits: ``"sigmoid"`` squashes them into 0–1, as a cosine student needs;
+            ``"identity"`` keeps them. Pass the same to ``DistillationLoss(teacher_activation=…)``.
+        split: Which file of a folder of score files.
+        batch_size: Pairs at a time.
+        cache_folder: ``~/.cache/st_linear/teacher_scores`` by default (under ``XDG_CACHE_HOME`` where it is set).
+        show_progress_bar: Show one while scoring.
+
+    Returns:
+        The dataset with column ``score``: ``[gold, teacher]``, or the teacher's alone where there was no gold.
+
+    Raises:
+        ValueError: If the teacher has several labels, answers with NaN, or scored the dataset already, or score files
+            and dataset do not fit.
+        FileNotFoundError: If there is no such teacher.
+
+    Example:
+        ::
+
+            train = load_pairs("sentence-transformers/stsb", "train")
+            train = add_teacher_scores(train, "cross-encoder/stsb-roberta-large")
+    """
+    check_choice("activation", activation, TeacherActivation)
+    for column in ("sentence1", "sentence2"):
+        if column not in dataset.column_names:
+            raise ValueError(f"the dataset has no column {column!r}; its columns: {', '.join(dataset.column_names)}")
+    labelled = "score" in dataset.column_names
+    if labelled and not isinstance(dataset.features["score"], Value):
+        raise ValueError("column 'score' holds teacher scores already; pass the dataset with gold scores alone")
+    if isinstance(teacher, (str, os.PathLike)) and is_score_folder(teacher):
+        scores = read_teacher_scores(teacher, split, activation=activation)
+        if len(scores) != len(dataset):
+            raise ValueError(f"{teacher} holds {len(scores)} scores for {split}, the dataset {len(dataset)} pairs")
+    else:
+        scores = score_pairs(
+            dataset,
+            load_teacher(teacher),
+            activation=activation,
+            batch_size=batch_size,
+            cache_folder=cache_folder,
+            show_progress_bar=show_progress_bar,
+        )
+    if not labelled:
+        return dataset.add_column("score", scores)
+    labels = [[gold, taught] for gold, taught in zip(dataset["score"], scores)]
+    return dataset.remove_columns("score").add_column("score", labels)
+
+
+def score_pairs(
+    dataset: Dataset,
+    teacher: CrossEncoder,
+    *,
+    activation: TeacherActivation = "sigmoid",
+    batch_size: int = 64,
+    cache_folder: str | os.PathLike[str] | None = None,
+    show_progress_bar: bool = True,
+) -> list[float]:
+    """The teacher's scores of the pairs, from the cache where they are there; arguments as add_teacher_scores."""
+    pairs = list(zip(dataset["sentence1"], dataset["sentence2"]))
+    path = _cache_folder(cache_folder) / f"{_fingerprint(pairs, teacher, activation)}.json"
+    if path.is_file():
+        return read_json(path)["scores"]
+    predicted = teacher.predict(
+        pairs,
+        batch_size=batch_size,
+        activation_fn=TEACHER_ACTIVATIONS[activation],
+        show_progress_bar=show_progress_bar,
+        convert_to_numpy=True,
+    )
+    if bad := int((~np.isfinite(predicted)).sum()):
+        raise ValueError(f"the teacher gave NaN or inf for {bad} of {len(pairs)} pairs")
+    scores = [float(score) for score in predicted]
+    write_json(path, {"activation": activation, "scores": scores})
+    return scores
+
+
+def is_score_folder(folder: str | os.PathLike[str]) -> bool:
+    """Whether ``folder`` holds score files rather than a model."""
+    path = Path(folder)
+    return path.is_dir() and not (path / "config.json").is_file() and any(path.glob("*.csv"))
+
+
+def read_teacher_scores(
+    folder: str | os.PathLike[str], split: str, *, activation: TeacherActivation = "sigmoid"
+) -> list[float]:
+    """A cached column of teacher scores: ``{folder}/{split}.csv`` with a header and columns ``logit,score``.
+
+    Args:
+        folder: The folder.
+        split: ``"train"``, ``"dev"`` or ``"test"``.
+        activation: ``"sigmoid"`` reads column ``score``, ``"identity"`` column ``logit``.
+
+    Raises:
+        FileNotFoundError: If the file is missing.
+        ValueError: If the column is missing, or a value is no finite number.
+    """
+    path = Path(folder) / f"{split}.csv"
+    if not path.is_file():
+        raise FileNotFoundError(f"no teacher scores for {split}: {path} is missing")
+    column = _SCORE_COLUMNS[activation]
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = csv.DictReader(file)
+        if column not in (rows.fieldnames or []):
+            raise ValueError(f"{path} has no column {column!r}; its columns: {', '.join(rows.fieldnames or [])}")
+        scores = []
+        for number, row in enumerate(rows, start=2):
+            try:
+                scores.append(float(row[column]))
+            except (TypeError, ValueError):
+                raise ValueError(f"{path}, line {number}: {row[column]!r} is no number") from None
+    if not np.isfinite(scores).all():
+        raise ValueError(f"{path} holds NaN or inf scores")
+    return scores
+
+
+def train_teacher(
+    base: str,
+    train: Dataset,
+    output_path: str | os.PathLike[str],
+    *,
+    epochs: float = 2,
+    batch_size: int = 32,
+    learning_rate: float = 5e-5,
+    max_length: int = 128,
+    seed: int = 0,
+    show_progress_bar: bool = True,
+) -> CrossEncoder:
+    """Fine-tune ``base`` as a CrossEncoder on gold scores, with binary cross-entropy, and save it.
+
+    Args:
+        base: Hub id or folder of an encoder.
+        train: Columns ``sentence1``, ``sentence2``, ``score`` in 0–1.
+        output_path: Folder of the trained teacher.
+        epochs: Passes over ``train``.
+        batch_size: Pairs per step.
+        learning_rate: Peak of a schedule with 10 % warm-up and linear decay.
+        max_length: Tokens per pair.
+        seed: Of the head's start and of the order of pairs.
+        show_progress_bar: Show one.
+
+    Raises:
+        ValueError: If a gold score lies outside 0–1.
+    """
+    columns = train.select_columns(["sentence1", "sentence2", "score"])
+    if len(columns) and not 0 <= min(columns["score"]) <= max(columns["score"]) <= 1:
+        low, high = min(columns["score"]), max(columns["score"])
+        raise ValueError(f"gold scores must lie in 0..1, got {low:g}..{high:g}: divide STS-B's by 5")
+    set_seed(seed)
+    teacher = CrossEncoder(base, num_labels=1, max_length=max_length)
+    arguments = CrossEncoderTrainingArguments(
+        output_dir=str(Path(output_path) / "trainer"),
+        num_train_epochs=epochs,
+        per_device_train_batch_size=batch_size,
+        learning_rate=learning_rate,
+        warmup_steps=0.1,
+        seed=seed,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=not show_progress_bar,
+    )
+    CrossEncoderTrainer(
+        model=teacher, args=arguments, train_dataset=columns, loss=BinaryCrossEntropyLoss(teacher)
+    ).train()
+    teacher.save_pretrained(str(output_path))
+    return teacher
+
+
+def _cache_folder(folder: str | os.PathLike[str] | None) -> Path:
+    if folder is not None:
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "st_linear" / "teacher_scores"
+
+
+def _fingerprint(pairs: list[tuple[str, str]], teacher: CrossEncoder, activation: str) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for text in (activation, str(teacher.max_seq_length), *(text for pair in pairs for text in pair)):
+        encoded = text.encode()
+        digest.update(len(encoded).to_bytes(8, "little") + encoded)
+    for name, tensor in sorted(teacher.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,395 @@
+"""LinearTransformer, the first module of a SentenceTransformer with linear attention."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Transformer
+from sentence_transformers.base.modules.transformer import ProcessingKwargs
+from sentence_transformers.sentence_transformer.modules import Pooling
+from sentence_transformers.util import load_file_path
+from torch import Tensor
+from transformers import DataCollatorWithFlattening, PreTrainedModel
+
+from st_linear.checkpoints import (
+    hub_kwargs_of,
+    one_line_if_missing,
+    read_json_file,
+    read_tensors,
+    refuse_mismatch,
+    some_of,
+)
+from st_linear.conversion import (
+    ATTENTION_IMPLEMENTATION,
+    accepts_packed_inputs,
+    check_settings,
+    is_integer,
+    linear_attentions,
+    linearise,
+    split_state_dict,
+)
+from st_linear.model_card import LinearModelCardData
+from st_linear.positions import (
+    PositionExtension,
+    check_position_extension,
+    extend_positions,
+    has_rotary_positions,
+    rescaled_positions,
+    trained_positions,
+)
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS_NAME = "linear_attention.safetensors"
+"""File of a saved model that holds what linear attention adds to the plain transformers checkpoint."""
+
+_PACKING_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+
+
+class LinearTransformer(Transformer):
+    """Sentence Transformers' ``Transformer`` with linear-time attention and a longer context.
+
+    Attention to the near window is exact and attention beyond it is linear, under one normaliser: a text of at most
+    ``2 * window`` tokens gets the original model's vector, to rounding. Time and memory grow linearly with length.
+
+    Args:
+        model_name_or_path: Hub id or folder of a bidirectional encoder, as for ``Transformer``.
+        feature_map: Kernel of the linear part, one of :func:`~st_linear.feature_maps.feature_map_names`;
+            ``"softmax"`` keeps exact attention, the control of every comparison.
+        feature_map_kwargs: Options of the map, JSON values, e.g. ``{"num_features": 128}``.
+        window: Near window in tokens; 0 = purely linear.
+        exact_layers: Layers that keep softmax attention, counted from 0.
+        max_seq_length: Texts are cut at this many tokens, with one warning that counts them.
+        position_extension: How positions grow beyond the trained ones: ``"tile"`` leaves texts within the old limit
+            unchanged, ``"interpolate"`` stretches all, ``"none"`` adds none.
+        adapter: Folder or hub id of a trained conversion of this model with the same settings; its
+            ``linear_attention.safetensors`` is loaded.
+        seed: Random features are a function of it.
+        **kwargs: ``model_kwargs``, ``processor_kwargs``, ``config_kwargs`` … exactly as ``Transformer``.
+
+    Raises:
+        ValueError: If an argument is out of range, or the encoder can't be converted; see
+            :func:`~st_linear.conversion.linearise`.
+
+    Relations:
+        - :func:`~st_linear.models.convert` does the same to a whole ``SentenceTransformer``, whose pooling stays.
+
+    Example:
+        ::
+
+            from sentence_transformers import SentenceTransformer
+            from sentence_transformers.sentence_transformer.modules import Pooling
+            from st_linear import LinearTransformer
+
+            encoder = LinearTransformer("sentence-transformers/all-MiniLM-L6-v2", feature_map="favor", window=64)
+            model = SentenceTransformer(modules=[encoder, Pooling(encoder.get_embedding_dimension(), "mean")])
+            model.encode("A text of up to 8,192 tokens.")
+    """
+
+    config_keys: list[str] = [
+        *Transformer.config_keys,
+        "feature_map",
+        "feature_map_kwargs",
+        "window",
+        "exact_layers",
+        "max_seq_length",
+        "position_extension",
+        "seed",
+    ]
+
+    def __init__(
+        self,
+        model_name_or_path: str,
+        *,
+        feature_map: str = "favor",
+        feature_map_kwargs: dict[str, Any] | None = None,
+        window: int = 64,
+        exact_layers: Sequence[int] = (),
+        max_seq_length: int | None = 8192,
+        position_extension: PositionExtension = "tile",
+        adapter: str | None = None,
+        seed: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        settings: dict[str, Any] = {
+            "feature_map": feature_map,
+            "feature_map_kwargs": feature_map_kwargs,
+            "window": window,
+            "exact_layers": exact_layers,
+            "max_seq_length": max_seq_length,
+            "position_extension": position_extension,
+            "seed": seed,
+        }
+        _check_settings(**settings)
+        implementation = (kwargs.get("model_kwargs") or {}).get("attn_implementation")
+        if implementation is not None:
+            raise ValueError(
+                f"attn_implementation={implementation!r} can't be combined with LinearTransformer, which brings its "
+                "own; for exact attention pass feature_map='softmax'"
+            )
+        if kwargs.get("backend", "torch") != "torch":
+            raise ValueError(f"LinearTransformer runs on backend='torch' only, got {kwargs['backend']!r}")
+        self._loading_info: dict[str, Any] = {}
+        with one_line_if_missing(model_name_or_path):
+            super().__init__(model_name_or_path, **kwargs)
+        missing = [key for key in self._loading_info.get("missing_keys", ()) if "pooler" not in key]
+        if missing:
+            raise ValueError(f"{model_name_or_path} lacks weights of the encoder: {some_of(missing)}")
+        self._base = (str(model_name_or_path), hub_kwargs_of(kwargs.get("model_kwargs")))
+        self._linearise(**settings)
+        if adapter is not None:
+            self._load_linear_weights(adapter)
+
+    @classmethod
+    def from_transformer(cls, transformer: Transformer, **settings: Any) -> LinearTransformer:
+        """Convert a loaded ``Transformer``; the original is left as it was.
+
+        Args:
+            transformer: The module to copy; one that is a LinearTransformer already is converted anew.
+            **settings: As for the constructor, without ``kwargs``.
+        """
+        parameters = inspect.signature(cls).parameters.values()
+        defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+        for name in settings:
+            if name not in defaults:
+                raise ValueError(f"unknown setting {name!r}; choose among: {', '.join(defaults)}")
+        settings = {**defaults, **settings}
+        adapter = settings.pop("adapter")
+        _check_settings(**settings)
+        if any(p.requires_grad for layer in linear_attentions(transformer).values() for p in layer.parameters()):
+            logger.warning("The model was converted before: what its feature maps have learned is not carried over.")
+        module = cls.__new__(cls)
+        module.__dict__ = copy.deepcopy(transformer).__dict__
+        module._linearise(**settings)
+        if adapter is not None:
+            module._load_linear_weights(adapter)
+        return module
+
+    def _linearise(
+        self,
+        *,
+        feature_map: str,
+        feature_map_kwargs: dict[str, Any] | None,
+        window: int,
+        exact_layers: Sequence[int],
+        max_seq_length: int | None,
+        position_extension: PositionExtension,
+        seed: int,
+    ) -> None:
+        self.feature_map = feature_map
+        self.feature_map_kwargs = feature_map_kwargs
+        self.window = window
+        self.exact_layers = tuple(exact_layers)
+        self.position_extension = position_extension
+        self.seed = seed
+        self.num_truncated = 0
+        linearise(
+            self.model,
+            feature_map=feature_map,
+            window=window,
+            exact_layers=exact_layers,
+            seed=seed,
+            feature_map_kwargs=feature_map_kwargs,
+        )
+        if max_seq_length is not None:
+            self.max_seq_length = min(max_seq_length, extend_positions(self.model, max_seq_length, position_extension))
+        self.unpad_inputs = getattr(self, "_unpad_inputs", None)
+
+    def redraw(self, seed: int) -> None:
+        """Draw the random features of all layers anew, as ``LinearTransformer(…, seed=seed)`` has them."""
+        self.seed = seed
+        for attention in linear_attentions(self.model).values():
+            attention.redraw(seed)
+
+    def on_model_ready(self, model: Any) -> None:
+        if not isinstance(model, SentenceTransformer):
+            return
+        model.model_card_data = LinearModelCardData.from_card_data(model.model_card_data)
+        if len(model) == 1:
+            # The caller iterates over the model's modules: give it a new dictionary rather than grow the one in use.
+            model._modules = dict(model._modules)
+            model.append(self._declared_pooling())
+
+    def _declared_pooling(self) -> Pooling:
+        """The pooling that the base model's folder declares; the mean where it declares none."""
+        path, hub_kwargs = getattr(self, "_base", (None, {}))
+        for module in (read_json_file(path, "modules.json", **hub_kwargs) if path else None) or ():
+            if module["type"].endswith(".Pooling"):
+                return Pooling.load(path, subfolder=module["path"], **hub_kwargs)
+        return Pooling(self.get_embedding_dimension(), "mean")
+
+    def preprocess(
+        self,
+        inputs: Sequence[Any],
+        prompt: str | None = None,
+        processing_kwargs: ProcessingKwargs | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        for text in inputs:
+            if text is None or isinstance(text, (int, float)):
+                raise ValueError(f"one of the inputs is {text!r}, not a text: pass strings")
+        features = super().preprocess(inputs, prompt, processing_kwargs, **kwargs)
+        self._count_truncated(features, inputs, prompt)
+        return features
+
+    def _count_truncated(self, features: dict[str, Any], inputs: Sequence[Any], prompt: str | None) -> None:
+        limit, tokenizer = self.max_seq_length, self.tokenizer
+        if limit is None or tokenizer is None or not all(isinstance(text, str) for text in inputs):
+            return
+        if "cu_seq_lens_q" in features:
+            lengths = features["cu_seq_lens_q"].diff().tolist()
+        elif "attention_mask" in features:
+            lengths = features["attention_mask"].sum(dim=-1).tolist()
+        else:
+            return
+        # A text that was cut fills the limit: only such texts are tokenised once more.
+        full = [(prompt or "") + text for text, length in zip(inputs, lengths) if length >= limit]
+        if not full:
+            return
+        uncut = tokenizer(full, truncation=False, verbose=False)["input_ids"]
+        cut = sum(len(ids) > limit for ids in uncut)
+        if cut and not self.num_truncated:
+            logger.warning(
+                "%d of %d texts in this batch are longer than max_seq_length=%d tokens and were cut; this is said "
+                "once, num_truncated of the module goes on counting.",
+                cut,
+                len(inputs),
+                limit,
+            )
+        self.num_truncated += cut
+
+    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        # The caller's features stay as they are: losses that embed a batch twice hand them in again.
+        features = dict(features)
+        packed = "cu_seq_lens_q" in features
+        limit = trained_positions(self.model)
+        stretched = self.model.config.max_position_embeddings > limit
+        if self.position_extension == "tile" and stretched and has_rotary_positions(self.model):
+            mask = _packed_mask(features) if packed else features["attention_mask"]
+            positions = rescaled_positions(mask, limit)
+            if positions is not None:
+                features["position_ids"] = positions[mask.bool()][None] if packed else positions
+        features = super().forward(features, **kwargs)
+        return self._unpack(features) if packed else features
+
+    def _unpack(self, features: dict[str, Any]) -> dict[str, Any]:
+        """Put a packed output back into padded rows, which every later module and ``output_value`` understands."""
+        mask = _packed_mask(features)
+        tokens = features[self.module_output_name][0]
+        padded = tokens.new_zeros(*mask.shape, tokens.shape[-1])
+        padded[mask] = tokens
+        features[self.module_output_name] = padded
+        features["attention_mask"] = mask.long()
+        for key in (*_PACKING_KEYS, "position_ids"):
+            features.pop(key, None)
+        return features
+
+    def _can_flatten_inputs(self) -> bool:
+        # Sentence Transformers asks for flash attention here. Ours takes packed inputs on every device.
+        if (
+            self.config._attn_implementation != ATTENTION_IMPLEMENTATION
+            or self.transformer_task not in ("feature-extraction", "fill-mask")
+            or "text" not in self.modality_config
+            or any(params["method"] != "forward" for params in self.modality_config.values())
+            or not accepts_packed_inputs(self.model)
+        ):
+            return False
+        self.data_collator = DataCollatorWithFlattening(
+            return_seq_idx=True, return_flash_attn_kwargs=True, return_position_ids=True
+        )
+        if self.model_forward_params is not None:
+            self.model_forward_params |= set(_PACKING_KEYS)
+        self._flatten_position_offset = self._infer_flatten_position_offset()
+        return True
+
+    def _load_model(self, model_name_or_path: str, *args: Any, **kwargs: Any) -> PreTrainedModel:
+        # transformers' own error on misshapen tensors names neither the tensor nor its shape: ours does.
+        kwargs.update(ignore_mismatched_sizes=True, output_loading_info=True)
+        try:
+            loaded = super()._load_model(model_name_or_path, *args, **kwargs)
+        except SafetensorError as error:
+            raise ValueError(f"{model_name_or_path}: model.safetensors is damaged ({error})") from error
+        if isinstance(loaded, tuple):
+            loaded, self._loading_info = loaded
+        for name, shape, expected in self._loading_info.get("mismatched_keys", ()):
+            raise ValueError(
+                f"{model_name_or_path}: {name} has shape {tuple(shape)}, expected {tuple(expected)} by config.json"
+            )
+        return loaded
+
+    def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
+        """Save a plain transformers checkpoint, and beside it what linear attention adds; safetensors only."""
+        plain, added = split_state_dict(self.model)
+        self.model.save_pretrained(output_path, state_dict=plain)
+        self.processor.save_pretrained(output_path)
+        added = {name: tensor.contiguous() for name, tensor in added.items()}
+        temporary = os.path.join(output_path, f".{WEIGHTS_NAME}.tmp")
+        save_file(added, temporary, metadata={"format": "pt", **self._kernel_settings()})
+        os.replace(temporary, os.path.join(output_path, WEIGHTS_NAME))
+        self.save_config(output_path)
+
+    @classmethod
+    def load(cls, model_name_or_path: str, *args: Any, **kwargs: Any) -> LinearTransformer:
+        """Load a saved module. Every tensor must be there, and no other.
+
+        Raises:
+            ValueError: If a tensor is missing, left over or misshapen, or a file is damaged.
+        """
+        subfolder = kwargs.get("subfolder", args[0] if args else "")
+        if load_file_path(model_name_or_path, WEIGHTS_NAME, subfolder, **hub_kwargs_of(kwargs)) is None:
+            raise ValueError(f"{model_name_or_path} holds no {WEIGHTS_NAME}: LinearTransformer saved no model there")
+        kwargs["model_kwargs"] = {"use_safetensors": True, **(kwargs.get("model_kwargs") or {})}
+        module = super().load(model_name_or_path, *args, **kwargs)
+        info = module._loading_info
+        refuse_mismatch(
+            f"{model_name_or_path}: model.safetensors", info.get("missing_keys", ()), info.get("unexpected_keys", ())
+        )
+        module._load_linear_weights(model_name_or_path, subfolder, **hub_kwargs_of(kwargs))
+        return module
+
+    def _load_linear_weights(self, folder: str, subfolder: str = "", **hub_kwargs: Any) -> None:
+        path = load_file_path(folder, WEIGHTS_NAME, subfolder, **hub_kwargs)
+        if path is None:
+            raise ValueError(f"{folder} holds no {WEIGHTS_NAME}: pass the folder or hub id of a trained conversion")
+        saved, metadata = read_tensors(path)
+        for name, value in self._kernel_settings().items():
+            if metadata.get(name, value) != value:
+                raise ValueError(f"{path} was made with {name}={metadata[name]}, this model has {name}={value}")
+        _, own = split_state_dict(self.model)
+        refuse_mismatch(path, own.keys() - saved.keys(), saved.keys() - own.keys())
+        for name, tensor in saved.items():
+            if tensor.shape != own[name].shape:
+                raise ValueError(f"{path}: {name} has shape {tuple(tensor.shape)}, expected {tuple(own[name].shape)}")
+            own[name].copy_(tensor)
+
+    def _kernel_settings(self) -> dict[str, str]:
+        return {"feature_map": self.feature_map, "window": str(self.window)}
+
+    def get_config_dict(self) -> dict[str, Any]:
+        return {**super().get_config_dict(), "exact_layers": list(self.exact_layers)}
+
+    def __repr__(self) -> str:
+        return f"LinearTransformer({dict(self.get_config_dict(), architecture=type(self.model).__name__)})"
+
+
+def _check_settings(max_seq_length: Any, position_extension: str, **settings: Any) -> None:
+    """Refuse bad settings before a model is loaded for them."""
+    check_settings(**settings)
+    check_position_extension(position_extension)
+    if max_seq_length is not None and (not is_integer(max_seq_length) or max_seq_length < 1):
+        raise ValueError(f"max_seq_length must be a positive number of tokens, got {max_seq_length!r}")
+
+
+def _packed_mask(features: dict[str, Any]) -> Tensor:
+    """(B, T) bool mask of the padded form of packed features."""
+    lengths = features["cu_seq_lens_q"].diff()
+    return torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]

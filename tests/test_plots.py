@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from st_linear.plots import plot_learning_curves, plot_pearson_by_length
+
+CURVES = {
+    "softmax": [{"examples": 0, "pearson": 0.5}, {"examples": 1000, "pearson": 0.8}],
+    "favor": [{"examples": 500, "pearson": 0.7}],
+}
+
+
+def figures(pearson: float, tokens: float) -> dict[str, float]:
+    return {"pearson": pearson, "pearson_low": pearson - 0.02, "pearson_high": pearson + 0.01, "mean_tokens": tokens}
+
+
+RESULTS = {
+    "softmax": {512: figures(0.8, 500), None: figures(0.83, 14.2), 2048: figures(0.7, 512)},
+    "favor": {None: figures(0.82, 14.2), 512: figures(0.81, 500)},
+}
+
+
+@pytest.mark.parametrize("suffix", [".svg", ".png", ".PNG"])
+@pytest.mark.parametrize(("plot", "data"), [(plot_learning_curves, CURVES), (plot_pearson_by_length, RESULTS)])
+def test_plots_are_written_whole(tmp_path: Path, plot, data, suffix: str) -> None:
+    path = tmp_path / "plots" / f"plot{suffix}"
+    plot(data, path)
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+    if suffix == ".svg":
+        assert ElementTree.parse(path).getroot().tag.endswith("svg")
+    else:
+        assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_pyplot_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    plot_learning_curves(CURVES, tmp_path / "a.svg")
+    plot_pearson_by_length(RESULTS, tmp_path / "b.svg")
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list:
+    from matplotlib.figure import Figure
+
+    kept: list = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: (kept.append(self), Path(path).touch()))
+    return kept
+
+
+def test_learning_curves_show_the_points(tmp_path: Path, drawn: list) -> None:
+    plot_learning_curves(CURVES, tmp_path / "a.svg")
+    (axes,) = drawn[0].axes
+    assert {line.get_label(): line.get_xydata().tolist() for line in axes.lines} == {
+        "softmax": [[0, 50], [1000, 80]],
+        "favor": [[500, 70]],
+    }
+
+
+def test_lengths_are_sorted_natural_at_its_tokens_with_intervals(tmp_path: Path, drawn: list) -> None:
+    plot_pearson_by_length({"softmax": RESULTS["softmax"]}, tmp_path / "a.svg")
+    plot_pearson_by_length(
+        {"softmax": {"null" if k is None else str(k): v for k, v in RESULTS["softmax"].items()}}, tmp_path / "b.svg"
+    )
+    for figure in drawn:
+        (axes,) = figure.axes
+        ((line, _, (bars,)),) = axes.containers
+        assert line.get_xdata().tolist() == pytest.approx([14.2, 512, 2048])
+        assert line.get_ydata().tolist() == pytest.approx([83, 80, 70])
+        assert [segment[:, 1].tolist() for segment in bars.get_segments()] == [
+            pytest.approx([81, 84]),
+            pytest.approx([78, 81]),
+            pytest.approx([68, 71]),
+        ]
+        assert axes.get_xscale() == "log"
+        assert axes.get_xticks().tolist() == [14, 512, 2048]
+
+
+def test_many_lines_differ(tmp_path: Path, drawn: list) -> None:
+    plot_learning_curves({f"student {index}": CURVES["favor"] for index in range(20)}, tmp_path / "a.svg")
+    styles = [(line.get_color(), line.get_marker(), line.get_linestyle()) for line in drawn[0].axes[0].lines]
+    assert len(set(styles)) == 20
+
+
+@pytest.mark.parametrize("name", ["plot.pdf", "plot"])
+@pytest.mark.parametrize("plot", [plot_learning_curves, plot_pearson_by_length])
+def test_other_suffixes_are_refused(tmp_path: Path, plot, name: str) -> None:
+    with pytest.raises(ValueError, match=r"path=.*plot.* must end in \.svg or \.png"):
+        plot({}, tmp_path / name)
+
+
+def test_nothing_to_draw_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.svg"
+    with pytest.raises(ValueError, match="curves is empty: nothing to draw"):
+        plot_learning_curves({}, path)
+    with pytest.raises(ValueError, match=r"curves\['favor'\] is empty: nothing to draw"):
+        plot_learning_curves({"favor": []}, path)
+    with pytest.raises(ValueError, match=r"results\['favor'\] is empty: nothing to draw"):
+        plot_pearson_by_length({"favor": {}}, path)
+    with pytest.raises(
+        ValueError, match=r"curves\['favor'\]: pearson is None in one of its points; a number is needed"
+    ):
+        plot_learning_curves({"favor": [{"examples": 1}]}, path)
+    with pytest.raises(ValueError, match=r"results\['favor'\]: pearson is nan in one of its points"):
+        plot_pearson_by_length({"favor": {None: figures(float("nan"), 14)}}, path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_matplotlib_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r'pip install "st-linear\[quickstart\]"'):
+        plot_learning_curves(CURVES, tmp_path / "a.svg")

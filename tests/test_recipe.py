@@ -1,0 +1,576 @@
+from __future__ import annotations
+
+import csv
+import logging
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import FAMILIES, WORDS, refused
+from datasets import Dataset
+from sentence_transformers import CrossEncoder, SentenceTransformer
+from transformers import BertConfig, BertForSequenceClassification
+
+import st_linear
+from st_linear import recipe
+from st_linear.data import token_counts, training_sentences
+from st_linear.evaluation import correlation
+from st_linear.models import save_model
+from st_linear.pair_head import find_dse_head
+from st_linear.recipe import Pairs, Teacher, distil, evenly_spaced, prepare_teacher
+from st_linear.records import read_json
+from st_linear.settings import _POSITIVE_SETTINGS, Settings, Student
+
+ROWS = {"train": 20, "dev": 8, "test": 10}
+# 3 steps an epoch, the last of 4 pairs.
+SETTINGS = Settings(
+    epochs=2,
+    batch_size=8,
+    evaluations=3,
+    transfer_epochs=1,
+    transfer_steps=2,
+    lengths=(16, 40),
+    pairs_at_length=6,
+    max_seq_length=256,
+)
+STUDENT = Student("hedgehog", window=4, transfer="none")
+
+
+def write_pairs(folder: Path, seed: int = 0) -> Path:
+    """Pairs that share their first words, as many as their score says; ``teacher/`` has scores close to gold."""
+    draw = random.Random(seed)
+    (folder / "teacher").mkdir(parents=True)
+    for split, rows in ROWS.items():
+        pairs, scores = [["sentence1", "sentence2", "score"]], [["logit", "score"]]
+        for row in range(rows):
+            shared = row % 7
+            first = draw.choices(WORDS, k=6)
+            pairs.append([" ".join(first), " ".join(first[:shared] + draw.choices(WORDS, k=6 - shared)), shared * 0.8])
+            scores.append([shared - 3, 0.05 + shared * 0.15])
+        for path, table in ((folder, pairs), (folder / "teacher", scores)):
+            with (path / f"{split}.csv").open("w", newline="") as file:
+                csv.writer(file).writerows(table)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pairs(tmp_path_factory.mktemp("data") / "pairs")
+
+
+@pytest.fixture(scope="module")
+def pairs(folder: Path) -> Pairs:
+    return Pairs.load(folder)
+
+
+@pytest.fixture(scope="module")
+def teacher(pairs: Pairs) -> Teacher:
+    return Teacher("by hand", {split: [0.9 * score for score in getattr(pairs, split)["score"]] for split in ROWS})
+
+
+@pytest.fixture(scope="module")
+def save_teacher(save_encoder: Callable[..., str]) -> Callable[[int], str]:
+    def save(num_labels: int) -> str:
+        config = BertConfig(**{**FAMILIES["bert"]().to_dict(), "num_labels": num_labels})
+        return save_encoder(config, BertForSequenceClassification)
+
+    return save
+
+
+@pytest.fixture
+def make(bert: str, pairs: Pairs, teacher: Teacher, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Make a student in ``tmp_path``, as the module's settings say or otherwise."""
+
+    def call(**changed: Any) -> dict[str, Any]:
+        arguments = {"name": "a", "student": STUDENT, "base": bert, "pairs": pairs, "teacher": teacher}
+        arguments |= {"output": tmp_path, "settings": SETTINGS, "show_progress_bar": False}
+        return distil(**(arguments | changed))
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def made(
+    bert: str, pairs: Pairs, teacher: Teacher, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
+    """A finished student's folder and record, to be read and not written to."""
+    output = tmp_path_factory.mktemp("made")
+    return output, distil("a", STUDENT, bert, pairs, teacher, output, settings=SETTINGS, show_progress_bar=False)
+
+
+class Crash(Exception):
+    pass
+
+
+def crash(*args: Any, **kwargs: Any) -> Any:
+    raise Crash
+
+
+def half_save(self: SentenceTransformer, path: str, *args: Any, **kwargs: Any) -> None:
+    Path(path).mkdir()
+    (Path(path) / "modules.json").write_text("[")
+    raise Crash
+
+
+class TestRecord:
+    def test_a_student_is_a_model_and_a_record_and_nothing_else(self, made: tuple[Path, dict[str, Any]]) -> None:
+        output, _ = made
+        assert sorted(path.name for path in output.iterdir()) == ["model", "record.json"]
+
+    def test_the_file_holds_what_was_returned(self, made: tuple[Path, dict[str, Any]]) -> None:
+        output, record = made
+        assert read_json(output / "record.json") == record
+
+    def test_it_tells_what_was_run_and_where(self, made: tuple[Path, dict[str, Any]], bert: str, pairs: Pairs) -> None:
+        _, record = made
+        assert record["name"] == "a"
+        assert (record["base"], record["data"]) == (bert, pairs.source)
+        assert record["student"] == {
+            "feature_map": "hedgehog",
+            "window": 4,
+            "transfer": "none",
+            "feature_map_kwargs": None,
+            "exact_layers": [],
+        }
+        assert record["settings"]["lengths"] == [16, 40]
+        assert (record["settings"]["alpha"], record["settings"]["epochs"]) == (0.5, 2)
+        assert record["teacher"]["name"] == "by hand"
+        assert record["environment"]["torch"] == str(torch.__version__)
+        assert all(seconds >= 0 for seconds in record["seconds"].values())
+        assert record["seconds"].keys() == {"transfer", "distillation"}
+        assert record["peak_memory_mib"] > 0
+
+    def test_the_curve_goes_from_the_first_step_to_the_last(self, made: tuple[Path, dict[str, Any]]) -> None:
+        curve = made[1]["curve"]
+        assert [point["step"] for point in curve] == [0, 2, 4, 6]
+        # The third step of an epoch sees the 4 pairs that are left.
+        assert [point["examples"] for point in curve] == [0, 16, 28, 40]
+        assert curve[0]["seconds"] == 0
+        assert all(b["seconds"] > a["seconds"] for a, b in pairwise(curve))
+
+    def test_the_curve_counts_tokens(self, made: tuple[Path, dict[str, Any]], pairs: Pairs) -> None:
+        tokenizer = st_linear.load(str(made[0] / "model")).tokenizer
+        epoch = sum(sum(token_counts(pairs.train[column], tokenizer)) for column in ("sentence1", "sentence2"))
+        assert made[1]["curve"][0]["tokens"] == 0
+        assert made[1]["curve"][-1]["tokens"] == 2 * epoch
+
+    def test_the_last_step_is_measured_once_where_evaluations_do_not_divide_the_steps(
+        self, make: Callable[..., dict[str, Any]]
+    ) -> None:
+        record = make(settings=replace(SETTINGS, evaluations=1, epochs=1, lengths=()))
+        assert [point["step"] for point in record["curve"]] == [0, 3]
+        record = make(settings=replace(SETTINGS, evaluations=2, epochs=1, lengths=()))
+        assert [point["step"] for point in record["curve"]] == [0, 2, 3]
+        assert [point["examples"] for point in record["curve"]] == [0, 16, 20]
+
+    def test_figures_by_length_have_intervals(self, made: tuple[Path, dict[str, Any]]) -> None:
+        final = made[1]["final"]
+        assert list(final) == ["natural", "16", "40"]
+        assert [figures["n"] for figures in final.values()] == [10, 6, 6]
+        for figures in (*final.values(), made[1]["untrained"]):
+            for metric in ("pearson", "spearman"):
+                assert -1 <= figures[f"{metric}_low"] < figures[metric] < figures[f"{metric}_high"] <= 1
+        assert final["natural"]["mean_tokens"] == 8
+        assert 8 < final["16"]["mean_tokens"] <= 16 < final["40"]["mean_tokens"] <= 40
+
+    def test_the_untrained_figures_are_those_of_the_converted_base(
+        self, made: tuple[Path, dict[str, Any]], bert: str, pairs: Pairs
+    ) -> None:
+        model = st_linear.convert(bert, feature_map="hedgehog", window=4, max_seq_length=256)
+        figures = recipe.evaluate_model(model, pairs.test, Settings(lengths=()), show_progress_bar=False)["natural"]
+        assert made[1]["untrained"]["pearson"] == pytest.approx(figures["pearson"], abs=1e-5)
+        assert made[1]["final"]["natural"]["pearson"] != pytest.approx(figures["pearson"], abs=1e-5)
+
+
+class TestStudents:
+    @pytest.mark.parametrize(("head", "objective"), [("cosine", "cosent"), ("dse", "mse")])
+    def test_the_saved_model_gives_the_recorded_figures(
+        self, make: Callable[..., dict[str, Any]], pairs: Pairs, tmp_path: Path, head: Any, objective: Any
+    ) -> None:
+        lengths = SETTINGS.lengths if head == "cosine" else ()
+        settings = replace(SETTINGS, head=head, objective=objective, epochs=1, lengths=lengths)
+        record = make(settings=settings)
+        model = st_linear.load(str(tmp_path / "model"))
+        assert (find_dse_head(model) is not None) == (head == "dse")
+        figures = recipe.evaluate_model(model, pairs.test, settings, show_progress_bar=False)
+        assert figures.keys() == record["final"].keys()
+        for length, found in figures.items():
+            for key in ("pearson", "pearson_low", "spearman", "n", "mean_tokens"):
+                assert found[key] == pytest.approx(record["final"][length][key], abs=1e-5)
+
+    def test_gold_alone(self, make: Callable[..., dict[str, Any]]) -> None:
+        record = make(teacher=None)
+        assert record["teacher"] is None
+        assert record["settings"]["alpha"] == 0
+        assert record["curve"][-1]["pearson"] != record["curve"][0]["pearson"]
+
+    def test_a_teacher_changes_what_is_learnt(
+        self, make: Callable[..., dict[str, Any]], teacher: Teacher, made: tuple[Path, dict[str, Any]]
+    ) -> None:
+        upside_down = Teacher("contrary", {s: [1 - score for score in v] for s, v in teacher.scores.items()})
+        other = make(teacher=upside_down)
+        assert other["curve"][0] == made[1]["curve"][0]
+        assert other["curve"][-1]["pearson"] != pytest.approx(made[1]["curve"][-1]["pearson"], abs=1e-5)
+
+    def test_the_control_is_softmax(self, make: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+        make(student=Student("softmax", window=0, transfer="none"))
+        assert st_linear.load(str(tmp_path / "model"))[0].feature_map == "softmax"
+
+    @pytest.mark.parametrize("transfer", ["none", "maps", "all"])
+    def test_transfer_moves_what_it_says(self, bert: str, pairs: Pairs, tmp_path: Path, transfer: Any) -> None:
+        model = st_linear.convert(bert, feature_map="hedgehog", window=0, max_seq_length=256)
+        before = {name: tensor.clone() for name, tensor in model.named_parameters()}
+        student = Student("hedgehog", window=0, transfer=transfer)
+        settings = replace(SETTINGS, transfer_epochs=2)
+        recipe.transfer_model(model, student, training_sentences(pairs.train), tmp_path, settings, False)
+        moved = {name for name, tensor in model.named_parameters() if not torch.equal(tensor, before[name])}
+        maps = {name for name in before if ".linear_attention." in name}
+        assert maps
+        if transfer == "none":
+            assert not moved
+        elif transfer == "maps":
+            assert moved == maps
+        else:
+            assert moved > maps
+        assert all(parameter.requires_grad for parameter in model.parameters())
+
+    def test_transfer_is_part_of_the_recipe(self, make: Callable[..., dict[str, Any]]) -> None:
+        settings = replace(SETTINGS, epochs=1, lengths=())
+        untransferred = make(student=replace(STUDENT, window=0), settings=settings)
+        record = make(student=replace(STUDENT, window=0, transfer="all"), settings=settings)
+        assert record["untrained"]["pearson"] == pytest.approx(untransferred["untrained"]["pearson"], abs=1e-6)
+        assert record["curve"][0]["pearson"] != pytest.approx(untransferred["curve"][0]["pearson"], abs=1e-6)
+
+    def test_a_student_reads_what_it_is_given_or_refuses(
+        self, made: tuple[Path, dict[str, Any]], text: Callable[..., str], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        model = st_linear.load(str(made[0] / "model"))
+        with caplog.at_level(logging.WARNING, logger="st_linear"):
+            for _ in range(2):
+                assert model.encode([text(300), text(400), "", text(9)]).shape == (4, 32)
+        (warning,) = (record.getMessage() for record in caplog.records if record.name.startswith("st_linear"))
+        assert "2 of 4 texts in this batch are longer than max_seq_length=256" in warning
+        for wrong in (None, 3, 2.5):
+            with refused(f"one of the inputs is {wrong!r}"):
+                model.encode(["ba", wrong])
+
+
+class TestAgain:
+    def test_a_finished_student_is_not_made_again(
+        self, make: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        record = make()
+        monkeypatch.setattr(recipe, "convert", crash)
+        assert make() == record
+
+    @pytest.mark.parametrize(
+        "changed",
+        [
+            {"name": "b"},
+            {"student": replace(STUDENT, window=5)},
+            {"settings": replace(SETTINGS, seed=1)},
+            {"settings": replace(SETTINGS, lengths=(16,))},
+            {"teacher": None},
+        ],
+        ids=str,
+    )
+    def test_any_other_student_is_made(
+        self,
+        made: tuple[Path, dict[str, Any]],
+        make: Callable[..., dict[str, Any]],
+        monkeypatch: pytest.MonkeyPatch,
+        changed: dict[str, Any],
+    ) -> None:
+        monkeypatch.setattr(recipe, "convert", crash)
+        assert make(output=made[0]) == made[1]
+        with pytest.raises(Crash):
+            make(output=made[0], **changed)
+        assert read_json(made[0] / "record.json") == made[1]
+
+    def test_other_scores_of_teacher_or_data_count_as_a_change(
+        self,
+        made: tuple[Path, dict[str, Any]],
+        make: Callable[..., dict[str, Any]],
+        pairs: Pairs,
+        teacher: Teacher,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr(recipe, "convert", crash)
+        other = {**teacher.scores, "train": [0.5, *teacher.scores["train"][1:]]}
+        with pytest.raises(Crash):
+            make(output=made[0], teacher=Teacher(teacher.name, other))
+        edited = Pairs.load(write_pairs(tmp_path / "edited", seed=1))
+        with pytest.raises(Crash):
+            make(output=made[0], pairs=replace(edited, source=pairs.source))
+
+    def test_a_record_without_its_model_counts_for_nothing(
+        self, make: Callable[..., dict[str, Any]], tmp_path: Path
+    ) -> None:
+        make()
+        (tmp_path / "model").rename(tmp_path / "elsewhere")
+        make()
+        st_linear.load(str(tmp_path / "model"))
+
+
+class TestCrash:
+    @pytest.mark.parametrize("where", ["train", "save", "record"])
+    def test_nothing_half_written_is_left_and_the_next_call_finishes(
+        self, make: Callable[..., dict[str, Any]], tmp_path: Path, where: str
+    ) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            if where == "train":
+                patch.setattr(recipe.SentenceTransformerTrainer, "training_step", crash)
+            elif where == "save":
+                patch.setattr(SentenceTransformer, "save_pretrained", half_save)
+            else:
+                patch.setattr(recipe, "write_json", crash)
+            with pytest.raises(Crash):
+                make()
+        left = {path.name for path in tmp_path.iterdir()}
+        assert left <= ({"trainer", "model"} if where == "record" else {"trainer"})
+        if where == "record":
+            st_linear.load(str(tmp_path / "model"))
+        record = make()
+        assert read_json(tmp_path / "record.json") == record
+        assert {path.name for path in tmp_path.iterdir()} == {"model", "record.json"}
+
+    def test_the_old_student_stays_until_a_new_one_is_trained(
+        self, make: Callable[..., dict[str, Any]], tmp_path: Path
+    ) -> None:
+        record = make()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(recipe.SentenceTransformerTrainer, "training_step", crash)
+            with pytest.raises(Crash):
+                make(name="b")
+        assert read_json(tmp_path / "record.json") == record
+        st_linear.load(str(tmp_path / "model"))
+
+    def test_no_record_vouches_for_another_students_model(
+        self, make: Callable[..., dict[str, Any]], tmp_path: Path
+    ) -> None:
+        make()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(recipe, "write_json", crash)
+            with pytest.raises(Crash):
+                make(student=replace(STUDENT, window=5))
+        assert st_linear.load(str(tmp_path / "model"))[0].window == 5
+        make()
+        assert st_linear.load(str(tmp_path / "model"))[0].window == 4
+
+
+@pytest.fixture(scope="module")
+def models(bert: str) -> dict[int, SentenceTransformer]:
+    return {window: st_linear.convert(bert, feature_map="elu", window=window) for window in (4, 5)}
+
+
+class TestSaveModel:
+    def test_it_replaces_a_model(self, models: dict[int, SentenceTransformer], tmp_path: Path) -> None:
+        for window, model in models.items():
+            save_model(model, tmp_path / "model")
+            assert st_linear.load(str(tmp_path / "model"))[0].window == window
+            assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+    def test_a_crash_while_writing_leaves_the_old_one(
+        self, models: dict[int, SentenceTransformer], tmp_path: Path
+    ) -> None:
+        save_model(models[4], tmp_path / "model")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(SentenceTransformer, "save_pretrained", half_save)
+            with pytest.raises(Crash):
+                save_model(models[5], tmp_path / "model")
+        assert st_linear.load(str(tmp_path / "model"))[0].window == 4
+        assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+    @pytest.mark.parametrize("kept", [0, 1])
+    def test_a_crash_at_either_step_of_the_exchange_leaves_a_whole_model_or_none(
+        self, models: dict[int, SentenceTransformer], tmp_path: Path, kept: int
+    ) -> None:
+        save_model(models[4], tmp_path / "model")
+        rename = Path.rename
+        calls: list[Path] = []
+
+        def stop(self: Path, target: Path) -> Path:
+            calls.append(self)
+            if len(calls) > kept:
+                raise Crash
+            return rename(self, target)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Path, "rename", stop)
+            with pytest.raises(Crash):
+                save_model(models[5], tmp_path / "model")
+        assert (tmp_path / "model").exists() == (kept == 0)
+        # Hidden or not, the old model is there, and whole.
+        (left,) = tmp_path.iterdir()
+        assert st_linear.load(str(left))[0].window == 4
+        save_model(models[5], tmp_path / "model")
+        assert st_linear.load(str(tmp_path / "model"))[0].window == 5
+        assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+    def test_it_takes_nobodys_files(self, models: dict[int, SentenceTransformer], tmp_path: Path) -> None:
+        (tmp_path / "thesis.txt").write_text("years of work")
+        with refused(f"{tmp_path} holds files and no model of st_linear's"):
+            save_model(models[4], tmp_path)
+        with refused(f"{tmp_path / 'thesis.txt'} is a file"):
+            save_model(models[4], tmp_path / "thesis.txt")
+        with refused(f"{tmp_path / 'thesis.txt'} is a file"):
+            save_model(models[4], tmp_path / "thesis.txt" / "model")
+        assert [path.read_text() for path in tmp_path.iterdir()] == ["years of work"]
+
+    def test_an_empty_folder_will_do(self, models: dict[int, SentenceTransformer], tmp_path: Path) -> None:
+        (tmp_path / "model").mkdir()
+        save_model(models[4], tmp_path / "model")
+        st_linear.load(str(tmp_path / "model"))
+
+    def test_a_student_is_not_trained_for_a_folder_that_is_taken(
+        self, make: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model" / "thesis.txt").write_text("years of work")
+        monkeypatch.setattr(recipe, "convert", crash)
+        with refused(f"{tmp_path / 'model'} holds files and no model of st_linear's"):
+            make()
+
+
+class TestTeacher:
+    @pytest.fixture
+    def prepare(self, bert: str, pairs: Pairs, tmp_path: Path) -> Callable[..., Teacher]:
+        def call(**given: Any) -> Teacher:
+            arguments = {"pairs": pairs, "base": bert, "output": tmp_path, "settings": SETTINGS}
+            return prepare_teacher(**(arguments | {"show_progress_bar": False} | given))
+
+        return call
+
+    def test_scores_from_a_folder(self, prepare: Callable[..., Teacher], folder: Path, pairs: Pairs) -> None:
+        found = prepare(teacher_scores=str(folder / "teacher"))
+        assert found.name == f"cached scores in {folder / 'teacher'}"
+        assert found.scores["test"] == pytest.approx([0.05 + (row % 7) * 0.15 for row in range(10)])
+        assert {split: len(scores) for split, scores in found.scores.items()} == ROWS
+        assert found.figures["test"] == correlation(found.scores["test"], pairs.test["score"]).as_dict()
+        assert found.figures.keys() == {"dev", "test"}
+
+    def test_scores_of_a_cross_encoder(
+        self, prepare: Callable[..., Teacher], save_teacher: Callable[[int], str], pairs: Pairs
+    ) -> None:
+        path = save_teacher(1)
+        found = prepare(teacher=path)
+        expected = CrossEncoder(path).predict(
+            list(zip(pairs.dev["sentence1"], pairs.dev["sentence2"])), activation_fn=torch.nn.Sigmoid()
+        )
+        assert found.name == path
+        assert found.scores["dev"] == pytest.approx(expected.tolist(), abs=1e-6)
+        assert len(set(found.scores["dev"])) > 1
+
+    def test_one_is_trained_here_and_then_kept(
+        self, prepare: Callable[..., Teacher], bert: str, pairs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        found = prepare()
+        assert found.name == f"CrossEncoder trained here from {bert}"
+        assert CrossEncoder(str(tmp_path / "teacher")).num_labels == 1
+        monkeypatch.setattr(recipe, "train_teacher", crash)
+        assert prepare() == found
+        for changed in (
+            {"settings": replace(SETTINGS, seed=1)},
+            {"pairs": replace(pairs, train=pairs.train.select(range(19)))},
+        ):
+            with pytest.raises(Crash):
+                prepare(**changed)
+            # A teacher that was about to be written over is not taken for the one it was.
+            with pytest.raises(Crash):
+                prepare()
+
+    def test_what_is_refused(
+        self, prepare: Callable[..., Teacher], folder: Path, pairs: Pairs, save_teacher: Callable[[int], str]
+    ) -> None:
+        scores = str(folder / "teacher")
+        with refused("not both"):
+            prepare(teacher="x", teacher_scores=scores)
+        with refused(f"{scores} holds 20 scores for train, the data 19 pairs"):
+            prepare(teacher_scores=scores, pairs=replace(pairs, train=pairs.train.select(range(19))))
+        with refused("the teacher has 3 labels"):
+            prepare(teacher=save_teacher(3))
+        with refused("no folder of teacher scores", FileNotFoundError):
+            prepare(teacher_scores=str(folder / "nosuch"))
+        with refused("no folder 'no/such' here", FileNotFoundError):
+            prepare(teacher="no/such")
+
+    def test_what_can_be_refused_before_a_teacher_is_trained_is(
+        self, prepare: Callable[..., Teacher], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(recipe, "train_teacher", crash)
+        with refused("no folder 'no/such' here", FileNotFoundError):
+            prepare(base="no/such")
+        with refused("has 8 tokens, more than length=7"):
+            prepare(settings=replace(SETTINGS, lengths=(40, 7)))
+        (tmp_path / "file").write_text("")
+        with refused(f"{tmp_path / 'file'} is a file"):
+            prepare(output=tmp_path / "file")
+        with pytest.raises(Crash):
+            prepare()
+
+
+class TestSubsets:
+    @pytest.mark.parametrize(
+        ("rows", "count", "expected"),
+        [(10, 4, [0, 2, 5, 7]), (10, 5, [0, 2, 4, 6, 8]), (10, 10, list(range(10))), (3, 7, [0, 1, 2]), (7, 1, [0])],
+    )
+    def test_evenly_spaced(self, rows: int, count: int, expected: list[int]) -> None:
+        assert list(evenly_spaced(Dataset.from_dict({"row": range(rows)}), count)["row"]) == expected
+
+    def test_long_texts(self, bert: str, pairs: Pairs) -> None:
+        model = st_linear.load(bert)
+        sentences = training_sentences(pairs.train)
+        texts = recipe.long_texts(model, sentences, 64, SETTINGS)
+        assert len(texts) == 4 * SETTINGS.transfer_steps
+        # A sentence's 8 tokens count its [CLS] and [SEP]; a text has only one pair of them.
+        for count in token_counts(texts, model.tokenizer):
+            assert 256 * 6 / 8 <= count <= 1024
+        longest = max(texts, key=len).split()
+        words = {tuple(sentence.split()) for sentence in sentences}
+        assert {tuple(longest[i : i + 6]) for i in range(0, len(longest), 6)} <= words
+        assert recipe.long_texts(model, sentences, 64, SETTINGS) == texts
+        assert recipe.long_texts(model, sentences, 64, replace(SETTINGS, seed=1)) != texts
+
+
+class TestSettings:
+    @pytest.mark.parametrize("name", _POSITIVE_SETTINGS)
+    @pytest.mark.parametrize("value", [0, -1, float("nan")])
+    def test_positive(self, name: str, value: float) -> None:
+        with refused(f"{name} must be positive, got {value!r}"):
+            Settings(**{name: value})
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"alpha": 2}, "alpha must lie in 0..1, got 2"),
+            ({"alpha": float("nan")}, "alpha must lie in 0..1, got nan"),
+            ({"head": "x"}, "unknown head 'x'; choose one of: cosine, dse"),
+            ({"head": "dse", "lengths": (64,)}, "head='dse' is measured at natural length alone, got lengths=(64,)"),
+            ({"objective": "x"}, "unknown objective 'x'; choose one of: mse, cosent"),
+            ({"teacher_activation": "x"}, "unknown teacher_activation 'x'; choose one of: sigmoid, identity"),
+            ({"pairs_at_length": 3}, "pairs_at_length must be at least 4, got 3"),
+        ],
+    )
+    def test_refused(self, settings: dict[str, Any], message: str) -> None:
+        with refused(message):
+            Settings(**settings)
+
+    @pytest.mark.parametrize(
+        ("student", "message"),
+        [
+            ({"transfer": "x"}, "unknown transfer 'x'; choose one of: none, maps, all"),
+            ({"feature_map": "x"}, "unknown feature_map 'x'; choose one of: softmax, elu,"),
+            ({"feature_map": "softmax"}, "pass transfer='none'"),
+            ({"window": -1}, "window must be a number of tokens >= 0 (0 = purely linear), got -1"),
+            ({"feature_map": "elu", "feature_map_kwargs": {"size": 3}}, "'elu' has no option 'size'"),
+        ],
+    )
+    def test_refused_students(self, student: dict[str, Any], message: str) -> None:
+        with refused(message):
+            Student(**student)

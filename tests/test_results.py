@@ -1,0 +1,48 @@
+"""The figures of the README come from the committed records."""
+
+import json
+import re
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import pytest
+
+from st_linear import cli
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs" / "results"
+
+
+@pytest.fixture(scope="module")
+def readme() -> str:
+    return (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def swaps() -> dict[str, dict[str, Any]]:
+    record = json.loads((RESULTS / "zero-shot.json").read_text(encoding="utf-8"))
+    return {name: final["natural"] for name, final in record["models"].items()}
+
+
+def test_the_table_of_students_is_made_from_the_record(readme: str) -> None:
+    record = json.loads((RESULTS / "stsb" / "record.json").read_text(encoding="utf-8"))
+    table = cli._markdown(cli._comparison(record))
+    assert (RESULTS / "stsb" / "table.md").read_text(encoding="utf-8") == table
+    assert table in readme
+
+
+def test_the_table_of_swaps_is_made_from_the_record(readme: str, swaps: dict[str, dict[str, Any]]) -> None:
+    seeds = [figures for name, figures in swaps.items() if name.startswith("favor-seed-")]
+    assert len(seeds) == 5
+    averages = {metric: mean(figures[metric] for figures in seeds) for metric in ("pearson", "spearman")}
+    rows = {name: figures for name, figures in swaps.items() if not name.startswith("favor-seed-")}
+    for name, figures in {**rows, "favor": averages}.items():
+        found = re.search(rf"^\| `{name}`[^|]*\| ([\d.]+) \| ([\d.]+) \|$", readme, re.MULTILINE)
+        assert found, name
+        assert found.groups() == tuple(f"{100 * figures[metric]:.2f}" for metric in ("pearson", "spearman"))
+
+
+def test_texts_inside_the_window_keep_the_original_figures(swaps: dict[str, dict[str, Any]]) -> None:
+    for metric in ("pearson", "spearman"):
+        assert swaps["near-far"][metric] == pytest.approx(swaps["softmax"][metric], abs=1e-4)
