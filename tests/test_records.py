@@ -15,7 +15,6 @@ from st_linear import records
 from st_linear.records import (
     atomic_path,
     environment,
-    peak_memory_mib,
     read_json,
     write_json,
     write_text,
@@ -150,12 +149,3 @@ def test_files_get_the_usual_permissions(tmp_path: Path) -> None:
 
 def test_layer_imports_nothing_of_ours() -> None:
     assert "st_linear" not in Path(records.__file__).read_text(encoding="utf-8").partition("def environment")[0]
-
-
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").is_file(), reason="peak memory can't be reset here")
-def test_peak_memory_counts_from_a_reset() -> None:
-    block = bytearray(300 * 2**20)
-    before = peak_memory_mib()
-    del block
-    reset_peak_memory()
-    assert peak_memory_mib() < before - 200
