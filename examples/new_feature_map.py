@@ -20,7 +20,7 @@ from st_linear.recipe import packaged_base
 
 @register_feature_map("axes")
 class Axes(ExponentialFeatureMap):
-    """``φ(x) = [exp(a∗x), exp(-a∗x)] / sqrt(R)``, one learned factor a per head and axis; R = 2·D.
+    """``φ(x) = [exp(a∗x), exp(-a∗x)]``, one learned factor a per head and axis; R = 2·D.
 
     A ``hedgehog`` whose matrix is diagonal. The base class keeps the exponentials from overflowing.
 

@@ -12,7 +12,7 @@ With ``s_ij = scale · q_i·k_j``, the output is ``o_i = Σ_j w_ij v_j / Σ_j w_
 - linear: ``w_ij = φ_q(q_i)·φ_k(k_j)``
 - near/far: ``exp(s_ij)`` where j's block of ``window`` tokens is i's own or a neighbour of it, and
   ``exp(γ_h) φ_q(q_i)·φ_k(k_j)`` elsewhere
-- local: ``exp(s_ij)`` where ``|i - j| <= radius``, else 0
+- local: ``exp(s_ij)`` where j is at most ``radius`` tokens away from i, else 0
 
 Slots outside a text hold anything, NaN included, and change nothing; their outputs are zeros, as are those of a text
 without a token. The linear parts of float16 and bfloat16 inputs are computed in float32, also under autocast; softmax
@@ -21,6 +21,7 @@ attention leaves precision to PyTorch's fused kernels, which accumulate in float
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -29,9 +30,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from st_linear.feature_maps import FeatureMap
+from st_linear import kernels
+from st_linear.feature_maps import ExponentialFeatureMap, FeatureMap
+from st_linear.streaming import stream_linear, stream_local, stream_near_far
 
 Attention = Callable[..., Tensor]
+Packed = Callable[..., Tensor]
+
+# Texts of more tokens than this are worth a call each.
+_SHORT = 512
 
 
 def softmax_attention(
@@ -61,7 +68,8 @@ def softmax_attention(
     Raises:
         ValueError: If shapes do not fit.
     """
-    return _run(partial(_softmax, scale=scale, dropout_p=dropout_p), query, key, value, attention_mask, cu_seqlens)
+    attend = partial(_softmax, scale=scale, dropout_p=dropout_p)
+    return _run(attend, query, key, value, attention_mask, cu_seqlens, takes_padding=True)
 
 
 def linear_attention(
@@ -102,7 +110,9 @@ def linear_attention(
         torch.Size([2, 12, 100, 32])
     """
     _refuse_exact(feature_map, "linear_attention")
-    return _run(partial(_linear, feature_map=feature_map, scale=scale), query, key, value, attention_mask, cu_seqlens)
+    attend = partial(_streamed, stream=partial(stream_linear, feature_map=feature_map), scale=scale)
+    packed = _fused_linear(query, feature_map, scale)
+    return _run(attend, query, key, value, attention_mask, cu_seqlens, packed=packed)
 
 
 def near_far_attention(
@@ -145,8 +155,17 @@ def near_far_attention(
         raise ValueError(f"window must be at least 1 token, got {window}; linear_attention has no window")
     if gain is not None and gain.shape != (feature_map.num_heads,):
         raise ValueError(f"gain must be (H,) = {(feature_map.num_heads,)}, got {tuple(gain.shape)}")
-    attend = partial(_near_far, feature_map=feature_map, window=window, gain=gain, scale=scale, dropout_p=dropout_p)
-    return _run(attend, query, key, value, attention_mask, cu_seqlens)
+    stream = partial(stream_near_far, feature_map=feature_map, window=window, gain=gain)
+    exact = partial(_softmax, scale=scale, dropout_p=dropout_p)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        if query.shape[2] <= 2 * window:
+            return exact(query, key, value, mask)
+        return _streamed(query, key, value, mask, stream=stream, scale=scale)
+
+    # Padding counts as length only where what it costs is little: a batch of texts within two windows.
+    takes_padding = query.ndim == 4 and query.shape[2] <= 2 * window
+    return _run(attend, query, key, value, attention_mask, cu_seqlens, takes_padding=takes_padding)
 
 
 def local_attention(
@@ -168,7 +187,8 @@ def local_attention(
     """
     if radius < 1:
         raise ValueError(f"radius must be at least 1 token, got {radius}")
-    return _run(partial(_local, radius=radius, scale=scale), query, key, value, attention_mask, cu_seqlens)
+    attend = partial(_streamed, stream=partial(stream_local, radius=radius), scale=scale)
+    return _run(attend, query, key, value, attention_mask, cu_seqlens)
 
 
 def softmax_attention_reference(
@@ -209,8 +229,7 @@ def near_far_attention_reference(
     far = _far_weights(query, key, mask, feature_map)
     if gain is not None:
         far = far * gain.to(query.dtype).exp()[:, None, None]
-    position = torch.arange(query.shape[-2], device=query.device)[None] if mask is None else mask.cumsum(dim=-1) - 1
-    block = position // window
+    block = _token_indices(query, mask) // window
     near = (block[:, None, :, None] - block[:, None, None, :]).abs() <= 1
     return _weighted_mean(torch.where(near, torch.exp(query @ key.transpose(-1, -2)), far), value, mask)
 
@@ -226,16 +245,37 @@ def local_attention_reference(
 ) -> Tensor:
     """:func:`local_attention` by its definition, padded form: O(T²) memory."""
     query, key, value, mask = _prepare(query, key, value, attention_mask, scale)
-    position = torch.arange(query.shape[-2], device=query.device)
-    near = (position[:, None] - position[None]).abs() <= radius
+    index = _token_indices(query, mask)
+    near = (index[:, None, :, None] - index[:, None, None, :]).abs() <= radius
     return _weighted_mean(torch.exp(query @ key.transpose(-1, -2)) * near, value, mask)
 
 
+def _token_indices(query: Tensor, mask: Tensor | None) -> Tensor:
+    """How many tokens of its text stand before each, (B or 1, T)."""
+    if mask is None:
+        return torch.arange(query.shape[-2], device=query.device)[None]
+    return (mask.cumsum(dim=-1) - 1).clamp(min=0)
+
+
 def _far_weights(query: Tensor, key: Tensor, mask: Tensor | None, feature_map: FeatureMap) -> Tensor:
-    token_mask = None if mask is None else mask[:, None, :, None]
-    phi_q, phi_k = feature_map.query(query, token_mask), feature_map.key(key, token_mask)
-    weights = phi_q.features @ phi_k.features.transpose(-1, -2)
-    return weights * (phi_q.log_scale + phi_k.log_scale).exp()
+    count = query.shape[2] if mask is None else mask.sum(dim=-1)[:, None].clamp(min=1)
+    position = (_token_indices(query, mask).to(query.dtype) / count)[:, None, :, None]
+    if not isinstance(feature_map, ExponentialFeatureMap):
+        phi_q, phi_k = feature_map.query_features(query, position), feature_map.key_features(key, position)
+        return feature_map.weight * phi_q @ phi_k.transpose(-1, -2)
+    query_logits, key_logits = feature_map.query_logits(query), feature_map.key_logits(key)
+    if (offset := feature_map.query_offset(query)) is not None:
+        query_logits = query_logits + offset
+    for offset in (feature_map.key_offset(key), feature_map.feature_offset(key, mask)):
+        if offset is not None:
+            key_logits = key_logits + offset
+    # What is taken out before the exponentials is put back after them: a factor may underflow, their product may not.
+    if mask is not None:
+        key_logits = key_logits.masked_fill(~mask[:, None, :, None], -math.inf)
+    largest_q = query_logits.detach().amax(dim=-1, keepdim=True)
+    largest_k = key_logits.detach().amax(dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(key.dtype).min)
+    weights = (query_logits - largest_q).exp() @ (key_logits - largest_k).exp().transpose(-1, -2)
+    return feature_map.weight * weights * (largest_q + largest_k).exp()
 
 
 def _weighted_mean(weights: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
@@ -256,8 +296,15 @@ def _run(
     value: Tensor,
     attention_mask: Tensor | None,
     cu_seqlens: Tensor | None,
+    *,
+    takes_padding: bool = False,
+    packed: Packed | None = None,
 ) -> Tensor:
-    """Check shapes and bring packed inputs to the padded form that ``attend`` takes."""
+    """Check shapes and hand the texts to ``attend``, (B, H, T, D) with a bool mask (B, T) or None.
+
+    Padding is left out, so that all masks mean slots on the right, unless ``attend`` takes it as it is. ``packed``, if
+    any, is for texts one behind the other, (N, H, D) with their lengths, and stands in for ``attend`` altogether.
+    """
     ndim = 4 if cu_seqlens is None else 3
     if query.ndim != ndim or not query.shape == key.shape == value.shape:
         form = "(B, H, T, D)" if cu_seqlens is None else "packed (N, H, D)"
@@ -266,39 +313,107 @@ def _run(
     if cu_seqlens is not None:
         if attention_mask is not None:
             raise ValueError("packed inputs (cu_seqlens) hold no padding: attention_mask must be None")
-        return _run_packed(attend, query, key, value, cu_seqlens)
-    if attention_mask is not None and attention_mask.shape != (query.shape[0], query.shape[2]):
+        offsets = cu_seqlens.tolist()
+        if cu_seqlens.ndim != 1 or offsets[:1] + offsets[-1:] != [0, query.shape[0]] or offsets != sorted(offsets):
+            raise ValueError(f"cu_seqlens must rise from 0 to N = {query.shape[0]}, got {offsets}")
+    elif attention_mask is not None and attention_mask.shape != (query.shape[0], query.shape[2]):
         expected = (query.shape[0], query.shape[2])
         raise ValueError(f"attention_mask must be (B, T) = {expected}, got {tuple(attention_mask.shape)}")
     if 0 in query.shape:
         return query.clone()
+    pack = packed or partial(_packed, attend)
     with torch.autocast(query.device.type, enabled=False):
-        return attend(query, key, value, attention_mask)
+        if cu_seqlens is not None:
+            return pack(query, key, value, cu_seqlens.diff().tolist())
+        texts, _, length, _ = query.shape
+        if attention_mask is None:
+            if packed is None:
+                return attend(query, key, value, None)
+            tokens = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
+            return packed(*tokens, [length] * texts).unflatten(0, (texts, length)).transpose(1, 2)
+        mask = attention_mask.bool()
+        if takes_padding:
+            return attend(query, key, value, mask)
+        tokens = [x.transpose(1, 2)[mask] for x in (query, key, value)]
+        output = query.new_zeros(query.transpose(1, 2).shape)
+        output[mask] = pack(*tokens, mask.sum(dim=-1).tolist())
+        return output.transpose(1, 2)
 
 
-def _run_packed(attend: Attention, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Texts of like length (within a power of two) are attended to together, so padding stays below half."""
-    offsets = cu_seqlens.tolist()
-    if cu_seqlens.ndim != 1 or offsets[:1] + offsets[-1:] != [0, query.shape[0]] or offsets != sorted(offsets):
-        raise ValueError(f"cu_seqlens must rise from 0 to N = {query.shape[0]}, got {offsets}")
+def _fused_linear(query: Tensor, feature_map: FeatureMap, scale: float | None) -> Packed | None:
+    """Linear attention through the fused kernels, where they are to be had for such inputs and such a map."""
+    if not kernels.take(query):
+        return None
+    from st_linear.kernels.linear import fused_linear_attention, fused_maps
+
+    maps = fused_maps(feature_map)
+    if maps is None:
+        return None
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
+        length = torch.tensor(lengths, dtype=torch.int32, device=query.device)
+        starts = (length.cumsum(0) - length).int()
+        return fused_linear_attention(
+            query, key, value, starts, length, max_length=max(lengths), query_map=maps[0], key_map=maps[1], scale=scale
+        )
+
+    return attend
+
+
+def _packed(attend: Attention, query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
+    """``attend`` to texts one behind the other, (N, H, D).
+
+    Long texts are taken one by one, as they lie. Runs of short ones are put side by side with others of like length
+    (within a power of two, so padding stays below half): a loop over them would cost more than that.
+    """
+    runs: list[list[int]] = []
+    for length in lengths:
+        if length > _SHORT or not runs or runs[-1][0] > _SHORT:
+            runs.append([length])
+        else:
+            runs[-1].append(length)
+    outputs = []
+    sizes = [sum(run) for run in runs]
+    for run, q, k, v in zip(runs, *(x.split(sizes) for x in (query, key, value))):
+        if len(run) == 1 and run[0]:
+            outputs.append(attend(*(x.transpose(0, 1)[None] for x in (q, k, v)), None)[0].transpose(0, 1))
+        else:
+            outputs.append(_side_by_side(attend, q, k, v, run))
+    return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+
+def _side_by_side(attend: Attention, query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
+    length = torch.tensor(lengths, device=query.device)
+    start = length.cumsum(0) - length
     groups: dict[int, list[int]] = {}
-    for text, length in enumerate(cu_seqlens.diff().tolist()):
-        if length:
-            groups.setdefault((length - 1).bit_length(), []).append(text)
+    for text, n in enumerate(lengths):
+        if n:
+            groups.setdefault((n - 1).bit_length(), []).append(text)
     outputs, slots = [], []
     for texts in groups.values():
-        start, stop = (torch.tensor([offsets[i + end] for i in texts], device=query.device) for end in (0, 1))
-        slot = start[:, None] + torch.arange(int((stop - start).max()), device=query.device)
-        mask = slot < stop[:, None]
-        slot = slot.clamp(max=query.shape[0] - 1)
-        padded = [x[slot].transpose(1, 2) for x in (query, key, value)]
-        with torch.autocast(query.device.type, enabled=False):
-            output = attend(*padded, None if mask.all() else mask)
-        outputs.append(output.transpose(1, 2)[mask])
-        slots.append(slot[mask])
+        step = torch.arange(max(lengths[text] for text in texts), device=query.device)
+        mask = step < length[texts][:, None]
+        # Slots past a text's end repeat its last token: what is masked must be finite, and its own.
+        slot = start[texts][:, None] + step.minimum(length[texts][:, None] - 1)
+        whole = all(lengths[text] == len(step) for text in texts)
+        padded = (x[slot].transpose(1, 2) for x in (query, key, value))
+        output = attend(*padded, None if whole else mask).transpose(1, 2)
+        outputs.append(output.flatten(0, 1) if whole else output[mask])
+        slots.append(slot.flatten() if whole else slot[mask])
     if not outputs:
         return query.clone()
     return torch.cat(outputs)[torch.cat(slots).argsort()]
+
+
+def _streamed(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, stream: Attention, scale: float | None
+) -> Tensor:
+    """``stream`` for as many texts at once as are about as much work as one long text."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    texts = max(1, 2 * _SHORT // query.shape[2])
+    masks = itertools.repeat(None) if mask is None else mask.split(texts)
+    outputs = [stream(*part, scale=scale) for part in zip(*(x.split(texts) for x in (query, key, value)), masks)]
+    return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
 def _prepare(
@@ -329,177 +444,16 @@ def _softmax(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    mask: Tensor | None,
     *,
     scale: float | None,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    if attention_mask is None:
+    if mask is None:
         return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout_p, scale=scale)
-    mask = attention_mask.bool()
     hidden = ~mask[:, None, :, None]
     query, key, value = (x.masked_fill(hidden, 0) for x in (query, key, value))
     # A text without a token attends to its zero values: a row of SDPA's mask must not be empty.
     key_mask = (mask | ~mask.any(dim=-1, keepdim=True))[:, None, None, :]
     output = F.scaled_dot_product_attention(query, key, value, attn_mask=key_mask, dropout_p=dropout_p, scale=scale)
     return output.masked_fill(hidden, 0)
-
-
-def _linear(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    feature_map: FeatureMap,
-    scale: float | None,
-) -> Tensor:
-    dtype = query.dtype
-    query, key, value, mask = _prepare(query, key, value, attention_mask, scale)
-    token_mask = None if mask is None else mask[:, None, :, None]
-    phi_q = feature_map.query(query, token_mask).features
-    phi_k = feature_map.key(key, token_mask).features
-    if token_mask is not None:
-        phi_k = phi_k * token_mask
-    # log_scale is constant over a row's keys: it cancels.
-    state = phi_k.transpose(-1, -2) @ value
-    normaliser = phi_k.sum(dim=-2).unsqueeze(-1)
-    return _normalise(phi_q @ state, phi_q @ normaliser, mask).to(dtype)
-
-
-def _near_far(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    feature_map: FeatureMap,
-    window: int,
-    gain: Tensor | None,
-    scale: float | None,
-    dropout_p: float = 0.0,
-) -> Tensor:
-    if query.shape[-2] <= 2 * window:
-        return _softmax(query, key, value, attention_mask, scale=scale, dropout_p=dropout_p)
-    if attention_mask is not None and not _is_right_padded(attention_mask):
-        # Blocks count tokens: bring each text's tokens to the front, and the outputs back.
-        order = attention_mask.bool().int().argsort(dim=-1, descending=True, stable=True)
-        output = _near_far(
-            _take_tokens(query, order),
-            _take_tokens(key, order),
-            _take_tokens(value, order),
-            attention_mask.gather(-1, order),
-            feature_map=feature_map,
-            window=window,
-            gain=gain,
-            scale=scale,
-        )
-        return _take_tokens(output, order.argsort(dim=-1))
-
-    dtype, length = query.dtype, query.shape[-2]
-    query, key, value, mask = _prepare(query, key, value, attention_mask, scale)
-    near = _NearBlocks(query, key, value, mask, window)
-    token_mask = near.mask[:, None, :, None]
-    phi_q = feature_map.query(near.query.flatten(2, 3), token_mask)
-    phi_k = feature_map.key(near.key.flatten(2, 3), token_mask)
-
-    # One state per block, then for each block the sum over all blocks before and after its near ones. Summing the far
-    # blocks, rather than taking the near ones from the total, keeps every term positive: nothing cancels.
-    keys = (phi_k.features * token_mask).unflatten(2, (-1, window))
-    values = torch.cat([near.value, torch.ones_like(near.value[..., :1])], dim=-1)
-    states = keys.transpose(-1, -2) @ values
-    count = near.mask.unflatten(1, (-1, window)).sum(dim=-1)[:, None, :, None, None].to(states.dtype)
-    far_state, far_count = _sum_of_far_blocks(states), _sum_of_far_blocks(count)
-    far = phi_q.features.unflatten(2, (-1, window)) @ far_state
-
-    far_log_scale = phi_q.log_scale + phi_k.log_scale
-    if gain is not None:
-        far_log_scale = far_log_scale + gain.to(query.dtype)[:, None, None]
-    far_log_scale = far_log_scale.expand(*query.shape[:2], near.mask.shape[1], 1).unflatten(2, (-1, window))
-    far_log_scale = far_log_scale.masked_fill(far_count == 0, -math.inf)
-
-    largest = torch.maximum(near.largest, far_log_scale.detach())
-    largest = largest.masked_fill(largest == -math.inf, 0)
-    near_weights = near.weights(largest)
-    far = far * (far_log_scale - largest).exp()
-    numerator = near_weights @ near.neighbour_value + far[..., :-1]
-    denominator = near_weights.sum(dim=-1, keepdim=True) + far[..., -1:]
-    output = _normalise(numerator.flatten(2, 3)[:, :, :length], denominator.flatten(2, 3)[:, :, :length], mask)
-    return output.to(dtype)
-
-
-def _local(
-    query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, radius: int, scale: float | None
-) -> Tensor:
-    dtype, length = query.dtype, query.shape[-2]
-    query, key, value, mask = _prepare(query, key, value, attention_mask, scale)
-    near = _NearBlocks(query, key, value, mask, window=min(radius, length), radius=radius)
-    weights = near.weights(near.largest.masked_fill(near.largest == -math.inf, 0))
-    numerator = (weights @ near.neighbour_value).flatten(2, 3)[:, :, :length]
-    denominator = weights.sum(dim=-1, keepdim=True).flatten(2, 3)[:, :, :length]
-    return _normalise(numerator, denominator, mask).to(dtype)
-
-
-class _NearBlocks:
-    """Blocks of ``window`` tokens, and the logits of each with itself and its two neighbours.
-
-    Attributes:
-        query, key, value: (B, H, blocks, window, D), zero-padded to whole blocks.
-        mask: (B, blocks · window), True = token.
-        neighbour_value: (B, H, blocks, 3 · window, D).
-        logits: (B, H, blocks, window, 3 · window), -inf where there is nothing to attend to.
-        largest: (B, H, blocks, window, 1), the largest logit of each row, detached.
-    """
-
-    def __init__(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, window: int, radius: int | None = None
-    ) -> None:
-        length = query.shape[-2]
-        if mask is None:
-            mask = torch.ones(query.shape[0], length, dtype=torch.bool, device=query.device)
-        extra = -length % window
-        self.mask = F.pad(mask, (0, extra))
-        self.query, self.key, self.value = (
-            F.pad(x, (0, 0, 0, extra)).unflatten(2, (-1, window)) for x in (query, key, value)
-        )
-        self.neighbour_value = _with_neighbours(self.value, dim=2)
-        attendable = _with_neighbours(self.mask.unflatten(1, (-1, window)), dim=1)[:, None, :, None, :]
-        if radius is not None:
-            step = torch.arange(window, device=query.device)
-            distance = torch.arange(-window, 2 * window, device=query.device)[None] - step[:, None]
-            attendable = attendable & (distance.abs() <= radius)
-        logits = self.query @ _with_neighbours(self.key, dim=2).transpose(-1, -2)
-        self.logits = logits.masked_fill(~attendable, -math.inf)
-        self.largest = self.logits.detach().amax(dim=-1, keepdim=True)
-
-    def weights(self, log_scale: Tensor) -> Tensor:
-        return (self.logits - log_scale).exp()
-
-
-def _with_neighbours(blocks: Tensor, dim: int) -> Tensor:
-    """Each block between its neighbours: (…, blocks, window, …) to (…, blocks, 3 · window, …); zeros past the ends."""
-    size = blocks.shape[dim]
-    edge = torch.zeros_like(blocks.narrow(dim, 0, 1))
-    padded = torch.cat([edge, blocks, edge], dim=dim)
-    return torch.cat([padded.narrow(dim, shift, size) for shift in range(3)], dim=dim + 1)
-
-
-def _sum_of_far_blocks(states: Tensor) -> Tensor:
-    """For each block along dim 2, the sum over the blocks that are neither it nor a neighbour."""
-    size = states.shape[2]
-    total = torch.zeros_like(states)
-    if size > 2:
-        before = states.narrow(2, 0, size - 2).cumsum(dim=2)
-        after = states.narrow(2, 2, size - 2).flip(2).cumsum(dim=2).flip(2)
-        total = F.pad(before, (0, 0, 0, 0, 2, 0)) + F.pad(after, (0, 0, 0, 0, 0, 2))
-    return total
-
-
-def _is_right_padded(attention_mask: Tensor) -> bool:
-    mask = attention_mask.bool()
-    return not bool((mask[:, 1:] & ~mask[:, :-1]).any())
-
-
-def _take_tokens(x: Tensor, order: Tensor) -> Tensor:
-    """x (B, H, T, D) with the tokens of each text in ``order`` (B, T)."""
-    return x.gather(2, order[:, None, :, None].expand_as(x))

@@ -298,6 +298,135 @@ def evaluate(
     _show(table, result, as_json)
 
 
+@app.command(cls=_Command)
+def bench(
+    level: Annotated[str, typer.Argument(help="'attention', 'encoder', 'training' or 'mixed'.")],
+    models: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="Contenders, comma-separated: MAP[:features][@window] (hedgehog@64, say), or peers; an unknown name "
+            "lists the choices."
+        ),
+    ] = None,
+    lengths: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Lengths in tokens, comma-separated; of 'mixed', around which long texts' are drawn."),
+    ] = None,
+    baseline: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Contenders that the others' speed is set against, comma-separated."),
+    ] = None,
+    limit: Annotated[
+        str, typer.Option(help="Lengths beyond which contenders do not run: NAME=TOKENS, comma-separated.")
+    ] = "",
+    rounds: Annotated[int, typer.Option(help="Timed rounds; in each every contender runs, in shuffled order.")] = 9,
+    warmup: Annotated[int, typer.Option(help="Rounds before them.")] = 1,
+    seconds: Annotated[float, typer.Option(help="Budget of a length, kept after 6 rounds; 0 = none.")] = 0,
+    batch_size: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Texts per batch: 1 by default, 64 sentences in 'mixed'."),
+    ] = None,
+    batch_tokens: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Instead, as many texts as come to this many tokens; in 'mixed', of long texts."),
+    ] = None,
+    across_lengths: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option("--across-lengths", help="All lengths in the same rounds, for the growth of costs per token."),
+    ] = None,
+    heads: Annotated[Optional[int], typer.Option(help="Of 'attention': heads, 12 by default.")] = None,  # noqa: UP045
+    head_dim: Annotated[Optional[int], typer.Option(help="Of 'attention': head size, 32 by default.")] = None,  # noqa: UP045
+    backward: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option("--backward", help="Of 'attention': forward and backward."),
+    ] = None,
+    base: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Encoder to convert, hub id or folder; the packaged all-MiniLM by default."),
+    ] = None,
+    attention_dropout: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="Of training steps, instead of the model's own."),
+    ] = None,
+    data: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Of 'mixed': sentence pairs, 'sample', a folder, or a hub id."),
+    ] = None,
+    parts: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Of 'mixed': sts-forward, sts-training, sts-encode, long-forward, long-training; all."),
+    ] = None,
+    features: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Features of maps that have a choice and whose name holds no number."),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="'float32', 'bfloat16' or 'float16'.")] = "float32",
+    device: Annotated[str, typer.Option(help="'cpu' or 'cuda'.")] = "cpu",
+    threads: Annotated[int, typer.Option(help="Threads of PyTorch on the CPU; 0 = its default.")] = 0,
+    output: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--output", "-o", help="Folder of the record, a table and a plot; finished lengths are kept."),
+    ] = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Measure speed and memory side by side with the peers: attention, encoders, training steps, mixed lengths.
+
+    Example: `st-linear bench encoder --models softmax,no-attention,hedgehog,hedgehog@64 --lengths 512,2048,8192
+    --threads 2 --output runs/bench`
+    """
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from st_linear.benchmarks import Settings, run, table, write_report
+
+    settings = Settings.for_level(
+        level,
+        models=_names(models),
+        lengths=None if lengths is None else _lengths(lengths),
+        baselines=_names(baseline),
+        limits=_limits(limit),
+        rounds=rounds,
+        warmup=warmup,
+        seconds=seconds,
+        batch_size=batch_size,
+        batch_tokens=batch_tokens,
+        across_lengths=across_lengths,
+        heads=heads,
+        head_dim=head_dim,
+        backward=backward,
+        base=base,
+        attention_dropout=attention_dropout,
+        data=data,
+        parts=_names(parts),
+        features=features,
+        dtype=dtype,
+        device=device,
+        threads=threads,
+        seed=seed,
+    )
+    if output is not None:
+        _check_plot(output / f"{settings.name}.svg")
+    columns = (TextColumn(f"bench {level} {{task.description}}"), BarColumn(), TimeElapsedColumn())
+    # Drawn between the rounds alone: a thread that draws would be measured too.
+    with Progress(*columns, console=console, auto_refresh=False) as bar:
+        task = bar.add_task("", total=None)
+
+        def progress(workload: str, done: int, total: int) -> None:
+            bar.update(task, description=workload, completed=done, total=total)
+            bar.refresh()
+
+        record = run(
+            settings,
+            None if output is None else output / f"{settings.name}.json",
+            progress=progress,
+            on_record=lambda made: None if output is None else write_report(made, output, settings.name),
+            say=_say,
+        )
+    _show(table(record), record, as_json)
+    if output is not None:
+        _say(f"{settings.name}.json, {settings.name}.md and {settings.name}.svg are in {output}")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: one-line errors; exit code 0, 1 (failed) or 2 (bad input)."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -371,6 +500,20 @@ def _lengths(text: str) -> tuple[int, ...]:
         if length < 1:
             raise ValueError(f"--lengths must be positive, got {length}")
     return lengths
+
+
+def _names(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _limits(text: str) -> dict[str, int]:
+    limits = {}
+    for part in _names(text) or ():
+        name, _, tokens = part.rpartition("=")
+        if not name or not tokens.isdigit():
+            raise ValueError(f"--limit must be NAME=TOKENS, comma-separated, got {part!r}")
+        limits[name] = int(tokens)
+    return limits
 
 
 def _feature_map_kwargs(num_features: int | None) -> dict[str, Any] | None:

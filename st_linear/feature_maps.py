@@ -11,25 +11,11 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-
-class Mapped(NamedTuple):
-    """Mapped queries or keys, ``φ(x) = exp(log_scale) · features``.
-
-    Attributes:
-        features: (B, H, T, R), of moderate size whatever the input.
-        log_scale: what was taken out of the exponent; broadcasts to (B, H, T, 1) for queries and to (B, H, 1, 1) for
-            keys, where one constant per text and head keeps the sum over keys a plain sum.
-    """
-
-    features: Tensor
-    log_scale: Tensor
-
 
 _REGISTRY: dict[str, type[FeatureMap]] = {}
 
@@ -110,17 +96,20 @@ def _check_num_features(num_features: int, multiple_of: int = 1) -> int:
 
 
 class FeatureMap(nn.Module):
-    """Base class: maps queries and keys so that ``φ_q(q_i)·φ_k(k_j)`` stands for an attention weight.
+    """Base class: maps queries and keys so that ``weight · φ_q(q_i)·φ_k(k_j)`` stands for an attention weight.
 
-    Inputs are already scaled (``x · scale**0.5``, so that ``q·k`` is the logit of softmax attention), zero where
-    ``mask`` is False, and float32 or float64. Features at masked slots are unspecified: attention multiplies them
-    away. Maps are scaled so that a weight is comparable with ``exp(q·k)``, most by ``1/sqrt(R)``: near/far attention
-    needs it, purely linear attention does not see it.
+    Inputs are already scaled (``x · scale**0.5``, so that ``q·k`` is the logit of softmax attention), and float32 or
+    float64. A map sees a part of a text at a time: what it makes of a token may depend on the token and on where in
+    its text it stands, not on other tokens.
 
     Args:
         num_heads: H.
         head_dim: D.
         seed: Seed of everything random in the map.
+
+    Attributes:
+        weight: Constant factor that makes a weight comparable with ``exp(q·k)``, ``1/R`` for most: near/far attention
+            needs it, purely linear attention does not see it.
     """
 
     name: ClassVar[str]
@@ -134,17 +123,24 @@ class FeatureMap(nn.Module):
         self.head_dim = head_dim
         self.seed = seed
 
-    def query(self, query: Tensor, mask: Tensor | None) -> Mapped:
-        """Map queries.
+    @property
+    def weight(self) -> float:
+        return 1 / self.num_features
+
+    def query_features(self, query: Tensor, position: Tensor) -> Tensor:
+        """φ of queries.
 
         Args:
             query: (B, H, T, D).
-            mask: (B, 1, T, 1) bool, True = token, or None where all are.
+            position: Broadcasts to (B, 1, T, 1): the share of the text's tokens that stand before this one, in [0, 1).
+
+        Returns:
+            (B, H, T, R).
         """
         raise NotImplementedError
 
-    def key(self, key: Tensor, mask: Tensor | None) -> Mapped:
-        """Map keys; shapes as in :meth:`query`."""
+    def key_features(self, key: Tensor, position: Tensor) -> Tensor:
+        """φ of keys; shapes as in :meth:`query_features`."""
         raise NotImplementedError
 
     def redraw(self, seed: int) -> None:
@@ -156,48 +152,62 @@ class FeatureMap(nn.Module):
 
 
 class PointwiseFeatureMap(FeatureMap):
-    """A map that treats queries and keys alike, token by token, and needs no stabiliser."""
+    """A map that treats queries and keys alike, token by token."""
 
     def features(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def _mapped(self, x: Tensor) -> Mapped:
-        return Mapped(self.features(x) * self.num_features**-0.5, x.new_zeros(()))
+    def query_features(self, query: Tensor, position: Tensor) -> Tensor:
+        return self.features(query)
 
-    def query(self, query: Tensor, mask: Tensor | None) -> Mapped:
-        return self._mapped(query)
-
-    def key(self, key: Tensor, mask: Tensor | None) -> Mapped:
-        return self._mapped(key)
+    def key_features(self, key: Tensor, position: Tensor) -> Tensor:
+        return self.features(key)
 
 
 class ExponentialFeatureMap(FeatureMap):
-    """A map of the form ``φ(x) = exp(logits(x)) / sqrt(R)``, evaluated without overflow.
+    """A map of the form ``φ(x) = exp(logits(x) + offsets)``. Attention works on these: nothing over- or underflows.
 
-    The largest logit is taken out: per token for queries, per text and head for keys, over valid keys only.
+    Where logits are ``W x``, give :meth:`projections`; else :meth:`query_logits` and :meth:`key_logits`. Offsets are
+    what many logits share; added apart from them they cost less.
     """
 
+    def projections(self) -> tuple[Tensor, Tensor] | None:
+        """W of queries and of keys, (H, R, D) each, or None where logits are not ``W x``."""
+        return None
+
     def query_logits(self, query: Tensor) -> Tensor:
-        raise NotImplementedError
+        """(B, H, T, D) to (B, H, T, R)."""
+        return self._project(query, 0)
 
     def key_logits(self, key: Tensor) -> Tensor:
-        raise NotImplementedError
+        """(B, H, T, D) to (B, H, T, R)."""
+        return self._project(key, 1)
 
-    def query(self, query: Tensor, mask: Tensor | None) -> Mapped:
-        logits = self.query_logits(query)
-        # The stabiliser cancels in the normalised output, so no gradient flows through it.
-        log_scale = logits.detach().amax(dim=-1, keepdim=True)
-        return Mapped((logits - log_scale).exp() * self.num_features**-0.5, log_scale)
+    def query_offset(self, query: Tensor) -> Tensor | None:
+        """What a query adds to all its logits, (B, H, T, 1) or None: purely linear attention can't see it."""
+        return None
 
-    def key(self, key: Tensor, mask: Tensor | None) -> Mapped:
-        logits = self.key_logits(key)
-        largest = logits.detach()
-        if mask is not None:
-            logits = logits.masked_fill(~mask, -math.inf)
-            # An empty text has no largest logit; any finite value will do, as none of its keys counts.
-            largest = logits.detach().masked_fill(~mask.any(dim=-2, keepdim=True), 0.0)
-        log_scale = largest.amax(dim=(-2, -1), keepdim=True)
-        return Mapped((logits - log_scale).exp() * self.num_features**-0.5, log_scale)
+    def key_offset(self, key: Tensor) -> Tensor | None:
+        """What a key adds to all its logits, (B, H, T, 1) or None."""
+        return None
+
+    def feature_offset(self, key: Tensor, mask: Tensor | None) -> Tensor | None:
+        """What a feature adds to its logit in all of a text, queries' and keys' together.
+
+        Args:
+            key: (B, H, T, D), all keys of the texts.
+            mask: (B, T) bool, True = token, or None where all are.
+
+        Returns:
+            (B or 1, H, 1, R), or None.
+        """
+        return None
+
+    def _project(self, x: Tensor, side: int) -> Tensor:
+        projections = self.projections()
+        if projections is None:
+            raise NotImplementedError(f"{type(self).__name__} defines neither projections nor logits")
+        return x @ projections[side].to(x.dtype).transpose(-1, -2)
 
 
 @register_feature_map("softmax")
@@ -282,7 +292,7 @@ class RandomFeatures(FeatureMap):
 
 @register_feature_map("favor")
 class Favor(RandomFeatures, ExponentialFeatureMap):
-    """FAVOR+, ``φ(x) = exp(w·x - |x|²/2) / sqrt(R)``: an unbiased, positive estimate of ``exp(q·k)``.
+    """FAVOR+, ``φ(x) = exp(w·x - |x|²/2)``, weight 1/R: an unbiased, positive estimate of ``exp(q·k)``.
 
     Args:
         num_features: R; the variance of the estimate falls as 1/R.
@@ -291,16 +301,20 @@ class Favor(RandomFeatures, ExponentialFeatureMap):
         - Rethinking Attention with Performers: https://arxiv.org/abs/2009.14794
     """
 
-    def query_logits(self, query: Tensor) -> Tensor:
-        return self.project(query) - query.square().sum(dim=-1, keepdim=True) / 2
+    def projections(self) -> tuple[Tensor, Tensor]:
+        return self.projection, self.projection
 
-    def key_logits(self, key: Tensor) -> Tensor:
-        return self.query_logits(key)
+    def query_offset(self, query: Tensor) -> Tensor:
+        # Encoders lay tokens before heads in memory, and a sum in that order takes a quarter of the time.
+        return query.transpose(1, 2).square().sum(dim=-1, keepdim=True).transpose(1, 2) / -2
+
+    def key_offset(self, key: Tensor) -> Tensor:
+        return self.query_offset(key)
 
 
 @register_feature_map("favor_relu")
 class FavorRelu(RandomFeatures, PointwiseFeatureMap):
-    """FAVOR's generalised attention, ``φ(x) = (relu(w·x) + 0.001) / sqrt(R)``.
+    """FAVOR's generalised attention, ``φ(x) = relu(w·x) + 0.001``.
 
     Args:
         num_features: R.
@@ -333,7 +347,7 @@ class LearnedProjection(nn.Module):
 
 @register_feature_map("hedgehog")
 class Hedgehog(ExponentialFeatureMap):
-    """Hedgehog, ``φ(x) = [exp(Wx + b), exp(-Wx - b)] / sqrt(R)``, W and b learned per head, apart for q and k.
+    """Hedgehog, ``φ(x) = [exp(Wx + b), exp(-Wx - b)]``, W and b learned per head, apart for q and k.
 
     Args:
         num_features: R, even; 2·D by default, where W is square and starts as the identity.
@@ -348,18 +362,18 @@ class Hedgehog(ExponentialFeatureMap):
         self.query_projection = LearnedProjection(num_heads, self.num_features // 2, head_dim, seed)
         self.key_projection = LearnedProjection(num_heads, self.num_features // 2, head_dim, seed)
 
-    def query_logits(self, query: Tensor) -> Tensor:
-        logits = self.query_projection(query)
-        return torch.cat([logits, -logits], dim=-1)
+    def projections(self) -> tuple[Tensor, Tensor]:
+        query, key = (torch.cat([x.weight, -x.weight], dim=1) for x in (self.query_projection, self.key_projection))
+        return query, key
 
-    def key_logits(self, key: Tensor) -> Tensor:
-        logits = self.key_projection(key)
-        return torch.cat([logits, -logits], dim=-1)
+    def feature_offset(self, key: Tensor, mask: Tensor | None) -> Tensor:
+        bias = self.query_projection.bias + self.key_projection.bias
+        return torch.cat([bias, -bias], dim=-1)[None].to(key.dtype)
 
 
 @register_feature_map("t2r")
 class T2R(FeatureMap):
-    """Transformer-to-RNN, ``φ(x) = relu(Wx + b) / sqrt(R)``, W and b learned per head, apart for q and k.
+    """Transformer-to-RNN, ``φ(x) = relu(Wx + b)``, W and b learned per head, apart for q and k.
 
     Args:
         num_features: R; D by default.
@@ -374,11 +388,11 @@ class T2R(FeatureMap):
         self.query_projection = LearnedProjection(num_heads, self.num_features, head_dim, seed)
         self.key_projection = LearnedProjection(num_heads, self.num_features, head_dim, seed)
 
-    def query(self, query: Tensor, mask: Tensor | None) -> Mapped:
-        return Mapped(F.relu(self.query_projection(query)) * self.num_features**-0.5, query.new_zeros(()))
+    def query_features(self, query: Tensor, position: Tensor) -> Tensor:
+        return F.relu(self.query_projection(query))
 
-    def key(self, key: Tensor, mask: Tensor | None) -> Mapped:
-        return Mapped(F.relu(self.key_projection(key)) * self.num_features**-0.5, key.new_zeros(()))
+    def key_features(self, key: Tensor, position: Tensor) -> Tensor:
+        return F.relu(self.key_projection(key))
 
 
 @register_feature_map("cosformer")
@@ -395,19 +409,13 @@ class Cosformer(FeatureMap):
         super().__init__(num_heads, head_dim, seed=seed)
         self.num_features = 2 * head_dim
 
-    def query(self, query: Tensor, mask: Tensor | None) -> Mapped:
-        if mask is None:
-            length = max(query.shape[-2], 1)
-            angle = torch.arange(query.shape[-2], device=query.device, dtype=query.dtype)[:, None] / length
-        else:
-            angle = (mask.cumsum(dim=-2) - 1) / mask.sum(dim=-2, keepdim=True).clamp(min=1).to(query.dtype)
-        angle = angle * (math.pi / 2)
+    def query_features(self, query: Tensor, position: Tensor) -> Tensor:
+        angle = position * (math.pi / 2)
         active = F.relu(query)
-        features = torch.cat([active * angle.cos(), active * angle.sin()], dim=-1)
-        return Mapped(features * self.num_features**-0.5, query.new_zeros(()))
+        return torch.cat([active * angle.cos(), active * angle.sin()], dim=-1)
 
-    def key(self, key: Tensor, mask: Tensor | None) -> Mapped:
-        return self.query(key, mask)
+    def key_features(self, key: Tensor, position: Tensor) -> Tensor:
+        return self.query_features(key, position)
 
 
 @register_feature_map("taylor")
@@ -430,9 +438,9 @@ class Taylor(PointwiseFeatureMap):
     def num_features(self) -> int:  # type: ignore[override]
         return 1 + self.head_dim + self.pairs.shape[1]
 
-    def _mapped(self, x: Tensor) -> Mapped:
-        # The expansion estimates exp(q·k) as it is: no mean over features.
-        return Mapped(self.features(x), x.new_zeros(()))
+    @property
+    def weight(self) -> float:
+        return 1.0
 
     def features(self, x: Tensor) -> Tensor:
         row, column = self.pairs
@@ -442,7 +450,7 @@ class Taylor(PointwiseFeatureMap):
 
 
 @register_feature_map("efficient")
-class Efficient(FeatureMap):
+class Efficient(ExponentialFeatureMap):
     """Efficient attention, softmax of the query over features and of the key over tokens; R = D.
 
     Keys are multiplied by the text's number of tokens, so that the mean weight is 1, as near/far attention needs.
@@ -455,13 +463,24 @@ class Efficient(FeatureMap):
         super().__init__(num_heads, head_dim, seed=seed)
         self.num_features = head_dim
 
-    def query(self, query: Tensor, mask: Tensor | None) -> Mapped:
-        return Mapped(query.softmax(dim=-1), query.new_zeros(()))
+    @property
+    def weight(self) -> float:
+        return 1.0
 
-    def key(self, key: Tensor, mask: Tensor | None) -> Mapped:
+    def query_logits(self, query: Tensor) -> Tensor:
+        return query
+
+    def key_logits(self, key: Tensor) -> Tensor:
+        return key
+
+    def query_offset(self, query: Tensor) -> Tensor:
+        return -query.logsumexp(dim=-1, keepdim=True)
+
+    def feature_offset(self, key: Tensor, mask: Tensor | None) -> Tensor:
         if mask is None:
-            return Mapped(key.softmax(dim=-2) * key.shape[-2], key.new_zeros(()))
+            return math.log(key.shape[-2]) - key.logsumexp(dim=-2, keepdim=True)
+        mask = mask[:, None, :, None]
+        count = mask.sum(dim=-2, keepdim=True).clamp(min=1)
         # A text without a token keeps finite logits: its keys are multiplied away, and so are their gradients.
         hidden = ~mask & mask.any(dim=-2, keepdim=True)
-        features = key.masked_fill(hidden, -math.inf).softmax(dim=-2)
-        return Mapped(features * mask.sum(dim=-2, keepdim=True), key.new_zeros(()))
+        return count.to(key.dtype).log() - key.masked_fill(hidden, -math.inf).logsumexp(dim=-2, keepdim=True)

@@ -169,3 +169,49 @@ def _save(figure: Figure, axes: Axes, path: str | Path) -> None:
     metadata = {"Date": None} if suffix == "svg" else None
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format=suffix, dpi=150, metadata=metadata)
+
+
+def plot_speed(speed: dict[str, dict[str, dict[str, float]]], path: str | Path, *, baseline: str) -> None:
+    """
+    Plot speed relative to a baseline, with its intervals, one line per model; the baseline is the line at 1.
+
+    Args:
+        speed: By model and length (or part of a benchmark), the ``median``, ``low`` and ``high`` of the ratio. Where
+            all are numbers of tokens they lie on a logarithmic axis; names stand side by side.
+        path: A ``.svg`` or ``.png`` file, written atomically.
+        baseline: Name of the baseline.
+
+    Raises:
+        ValueError: If there is nothing to draw, a figure is missing, or the suffix is another.
+        ImportError: If matplotlib is not installed.
+    """
+    figure, axes = new_figure(path)
+    _nonempty("speed", speed)
+    places = list(dict.fromkeys(place for points in speed.values() for place in points))
+    numbers = all(place.isdigit() for place in places)
+    axes.axhline(1, color="0.6", linewidth=1)
+    for index, (model, points) in enumerate(speed.items()):
+        median, low, high = (_column("speed", model, list(points.values()), key) for key in ("median", "low", "high"))
+        # A little apart, so that bars at the same length stay legible.
+        step = index - (len(speed) - 1) / 2
+        x = [float(place) * 2 ** (0.04 * step) if numbers else places.index(place) + 0.06 * step for place in points]
+        bars = [[m - b for m, b in zip(median, low)], [t - m for m, t in zip(median, high)]]
+        style = _line(index) if numbers else {**_line(index), "linestyle": "none"}
+        axes.errorbar(x, median, yerr=bars, label=model, capsize=3, **style)
+    if numbers:
+        axes.set_xscale("log", base=2)
+        ticks = _apart(sorted(int(place) for place in places))
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axes.set_xlabel("tokens per text")
+    else:
+        axes.set_xticks(range(len(places)), places)
+        axes.margins(x=0.1)
+    ends = [bar for points in speed.values() for point in points.values() for bar in (point["low"], point["high"])]
+    if max(ends) > 4 * min(ends):
+        # Over a smaller range, powers of two would leave the axis with a single label.
+        axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}×")
+    axes.minorticks_off()
+    axes.set_ylabel(f"speed relative to {baseline}")
+    axes.set_title("Speed: the higher, the better (bars: 95 % intervals)", loc="left")
+    _save(figure, axes, path)

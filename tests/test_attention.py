@@ -21,7 +21,7 @@ from st_linear.attention import (
     softmax_attention,
     softmax_attention_reference,
 )
-from st_linear.feature_maps import Mapped, feature_map_names, make_feature_map
+from st_linear.feature_maps import ExponentialFeatureMap, FeatureMap, feature_map_names, make_feature_map
 
 
 class Tolerance(NamedTuple):
@@ -114,6 +114,17 @@ def run(
     return Run(output.detach(), list(gradients[:3]), list(gradients[3:]))
 
 
+def features(feature_map: FeatureMap, query: Tensor, key: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+    """φ of queries and of keys, all of them tokens."""
+    if not isinstance(feature_map, ExponentialFeatureMap):
+        return feature_map.query_features(query, position), feature_map.key_features(key, position)
+    query_logits, key_logits = feature_map.query_logits(query), feature_map.key_logits(key)
+    feature_offset = feature_map.feature_offset(key, None)
+    offsets = feature_map.query_offset(query), feature_map.key_offset(key), feature_offset
+    query_offset, key_offset, feature_offset = (0 if offset is None else offset for offset in offsets)
+    return (query_logits + query_offset).exp(), (key_logits + key_offset + feature_offset).exp()
+
+
 def assert_runs_close(actual: Run, expected: Run, tolerance: Tolerance) -> None:
     close = partial(assert_close, check_dtype=False)
     close(actual.output, expected.output, rtol=tolerance.output, atol=tolerance.output)
@@ -186,12 +197,11 @@ def test_reference_is_the_definition(name: str) -> None:
     form = make_form(name, size=size, dtype=torch.float64)
     query, key, value = make_inputs(1, H, length, D, dtype=torch.float64)[:3]
 
-    def unscaled(mapped: Mapped) -> Tensor:
-        return mapped.features * mapped.log_scale.exp()
-
     if "feature_map" in form.options:
-        phi_q = unscaled(form.options["feature_map"].query(query * scale**0.5, None))
-        phi_k = unscaled(form.options["feature_map"].key(key * scale**0.5, None))
+        feature_map = form.options["feature_map"]
+        position = torch.arange(length, dtype=torch.float64)[:, None] / length
+        phi_q, phi_k = features(feature_map, query * scale**0.5, key * scale**0.5, position)
+        phi_q = feature_map.weight * phi_q
 
     def weight(h: int, i: int, j: int) -> Tensor:
         exact = (scale * query[0, h, i].dot(key[0, h, j])).exp()
@@ -452,7 +462,7 @@ def test_bfloat16_elu_far_below_zero_still_attends() -> None:
     output = linear_attention(query, key, value, feature_map=feature_map, scale=1.0)
     mean = value.double().mean(dim=2, keepdim=True).expand(1, H, 30, D)
     assert_close(output, mean.to(torch.bfloat16))
-    assert (feature_map.query(query, None).features > 0).all()
+    assert (feature_map.query_features(query, torch.zeros(())) > 0).all()
 
 
 def make_large_inputs(factor: float) -> list[Tensor]:

@@ -478,3 +478,90 @@ class TestFailure:
         code, _, err = run("--debug convert bert out --window -1")
         assert code == 2
         assert "Traceback (most recent call last)" in err
+
+
+class TestBench:
+    ATTENTION = "bench attention --models sdpa,elu,hedgehog@8 --heads 2 --head-dim 8 --rounds 6"
+    ENCODER = "--base bert --models softmax,hedgehog@4 --rounds 6"
+
+    def test_table_and_files(self, run: Callable[..., tuple[int, str, str]], place: Path) -> None:
+        code, out, err = run(f"{self.ATTENTION} --lengths 16,32 --output out/bench")
+        assert code == 0
+        assert "attention · 2 heads of 8 · float32 · cpu" in out
+        assert "hedgehog@8" in out
+        assert "attention.json, attention.md and attention.svg are in out/bench" in err
+        names = {"attention.json", "attention.md", "attention.svg"}
+        assert files(place / "out") == {"bench", *(f"bench/{name}" for name in names)}
+        assert [result["name"] for result in read_json("out/bench/attention.json")["results"]] == ["16", "32"]
+
+    def test_a_run_goes_on(self, run: Callable[..., tuple[int, str, str]], place: Path) -> None:
+        assert run(f"{self.ATTENTION} --lengths 16 --output out")[0] == 0
+        before = read_json("out/attention.json")["results"]
+        code, out, err = run(f"{self.ATTENTION} --lengths 16,32 --output out --json")
+        assert code == 0
+        assert "out/attention.json holds 16: not measured again" in err
+        record = json.loads(out)
+        assert record == read_json("out/attention.json")
+        assert (record["results"][0], record["results"][1]["name"]) == (before[0], "32")
+
+    @pytest.mark.parametrize(
+        ("line", "names"),
+        [
+            (f"{ATTENTION} --lengths 16 --backward --across-lengths --baseline elu", ["16"]),
+            (f"bench encoder {ENCODER} --lengths 16 --batch-tokens 64 --limit softmax=8", ["16"]),
+            (f"bench training {ENCODER} --lengths 16 --attention-dropout 0 --dtype bfloat16", ["16"]),
+            (
+                f"bench mixed {ENCODER} --data pairs --parts sts-forward,long-training --lengths 24 --batch-size 8 "
+                "--batch-tokens 50",
+                ["sts-forward", "24-training"],
+            ),
+        ],
+        ids=["attention", "encoder", "training", "mixed"],
+    )
+    def test_json(self, run: Callable[..., tuple[int, str, str]], place: Path, line: str, names: list[str]) -> None:
+        before = files(place)
+        code, out, _ = run(f"{line} --json")
+        assert code == 0
+        record = json.loads(out)
+        assert record["level"] == line.split()[1]
+        assert [result["name"] for result in record["results"]] == names
+        assert record["environment"]["threads"] == torch.get_num_threads()
+        assert files(place) == before
+
+    @pytest.mark.parametrize(
+        ("line", "message"),
+        [
+            ("bench nosuch", "unknown level 'nosuch'; choose among: attention, encoder, training, mixed"),
+            ("bench attention --models x", "unknown model 'x'; choose among: sdpa, flash, performer, plain, "),
+            ("bench encoder --models x", "unknown model 'x'; choose among: softmax, no-attention, performer, MAP["),
+            ("bench attention --base bert", "base is no option of level 'attention', but of: encoder, "),
+            ("bench encoder --baseline x", "unknown baseline 'x'; choose among: softmax, no-attention, "),
+            ("bench encoder --limit softmax", "--limit must be NAME=TOKENS, comma-separated, got 'softmax'"),
+            ("bench encoder --limit x=9", "unknown model in limits 'x'; choose among: softmax, "),
+            ("bench encoder --lengths a", "--lengths must be numbers of tokens, comma-separated, got 'a'"),
+            ("bench encoder --rounds 2", "rounds must be at least 6, where a median's 95 % interval begins, got 2"),
+            ("bench encoder --dtype x", "unknown dtype 'x'; choose among: float32, bfloat16, float16"),
+            ("bench encoder --device x", "unknown device 'x'; choose one of: cpu, cuda"),
+            ("bench mixed --parts x", "unknown part 'x'; choose among: sts-forward, sts-training, "),
+            ("bench mixed --base bert --data ./nosuch", "source='./nosuch': there is no such folder"),
+            ("bench encoder --base no/such --lengths 16", "no folder 'no/such' here"),
+        ],
+    )
+    def test_bad_arguments(
+        self, run: Callable[..., tuple[int, str, str]], place: Path, line: str, message: str
+    ) -> None:
+        before = files(place)
+        code, out, err = run(line)
+        assert (code, out) == (2, "")
+        assert message in one_line_error(err)
+        assert files(place) == before
+
+    def test_a_record_of_another_run_is_left_alone(
+        self, run: Callable[..., tuple[int, str, str]], place: Path
+    ) -> None:
+        (place / "out").mkdir()
+        (place / "out" / "attention.json").write_text("{}")
+        code, out, err = run(f"{self.ATTENTION} --lengths 16 --output out")
+        assert (code, out) == (2, "")
+        assert "out/attention.json is no record of a benchmark: name another folder" in one_line_error(err)
+        assert files(place / "out") == {"attention.json"}

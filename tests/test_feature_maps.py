@@ -13,7 +13,6 @@ from st_linear import feature_maps
 from st_linear.feature_maps import (
     ExponentialFeatureMap,
     FeatureMap,
-    Mapped,
     PointwiseFeatureMap,
     RandomFeatures,
     feature_map_class,
@@ -39,13 +38,23 @@ def queries_and_keys(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor
     return randn(B, H, T, D, seed=1, dtype=dtype), randn(B, H, T, D, seed=2, dtype=dtype)
 
 
-def unscaled(mapped: Mapped) -> Tensor:
-    return mapped.features * mapped.log_scale.exp()
+def features(feature_map: FeatureMap, query: Tensor, key: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """φ of queries and of keys (B, H, T, D), with the mask (B, T) of tokens; all are, by default."""
+    tokens = torch.ones(query.shape[0], query.shape[2], dtype=torch.bool) if mask is None else mask
+    position = (tokens.cumsum(dim=-1) - 1).clamp(min=0).to(query.dtype) / tokens.sum(dim=-1, keepdim=True)
+    position = position[:, None, :, None]
+    if not isinstance(feature_map, ExponentialFeatureMap):
+        return feature_map.query_features(query, position), feature_map.key_features(key, position)
+    query_logits, key_logits = feature_map.query_logits(query), feature_map.key_logits(key)
+    offsets = feature_map.query_offset(query), feature_map.key_offset(key), feature_map.feature_offset(key, mask)
+    query_offset, key_offset, feature_offset = (0 if offset is None else offset for offset in offsets)
+    return (query_logits + query_offset).exp(), (key_logits + key_offset + feature_offset).exp()
 
 
 def weights(feature_map: FeatureMap, query: Tensor, key: Tensor, mask: Tensor | None = None) -> Tensor:
-    """(B, H, T, T) of φ_q(q_i)·φ_k(k_j)."""
-    return unscaled(feature_map.query(query, mask)) @ unscaled(feature_map.key(key, mask)).transpose(-1, -2)
+    """(B, H, T, T) of φ_q(q_i)·φ_k(k_j), with the map's constant factor."""
+    phi_q, phi_k = features(feature_map, query, key, mask)
+    return feature_map.weight * phi_q @ phi_k.transpose(-1, -2)
 
 
 class TestRegistry:
@@ -102,11 +111,28 @@ class TestEveryMap:
     def test_shapes_and_dtype(self, name: str, dtype: torch.dtype, masked: bool) -> None:
         feature_map = make_feature_map(name, H, D)
         query, key = queries_and_keys(dtype)
-        mask = torch.ones(B, 1, T, 1, dtype=torch.bool) if masked else None
-        for mapped, one_scale_per in ((feature_map.query(query, mask), T), (feature_map.key(key, mask), 1)):
-            assert mapped.features.shape == (B, H, T, feature_map.num_features)
-            assert mapped.features.dtype == dtype
-            assert mapped.log_scale.expand(B, H, one_scale_per, 1).dtype == dtype
+        mask = torch.ones(B, T, dtype=torch.bool) if masked else None
+        for mapped in features(feature_map, query, key, mask):
+            assert mapped.shape == (B, H, T, feature_map.num_features)
+            assert mapped.dtype == dtype
+        if isinstance(feature_map, ExponentialFeatureMap):
+            for offset in (feature_map.query_offset(query), feature_map.key_offset(key)):
+                assert offset is None or (offset.shape, offset.dtype) == ((B, H, T, 1), dtype)
+            offset = feature_map.feature_offset(key, mask)
+            assert offset is None or offset.expand(B, -1, -1, -1).shape == (B, H, 1, feature_map.num_features)
+            assert offset is None or offset.dtype == dtype
+
+    def test_a_part_of_a_text_has_the_features_that_it_has_in_the_whole(self, name: str) -> None:
+        feature_map = make_feature_map(name, H, D)
+        query, _ = queries_and_keys()
+        position = (torch.arange(T, dtype=torch.float64) / T)[None, None, :, None]
+        part = slice(2, 5)
+        methods = [feature_map.query_features, feature_map.key_features]
+        if isinstance(feature_map, ExponentialFeatureMap):
+            logits = feature_map.query_logits, feature_map.key_logits
+            methods = [lambda x, _, method=method: method(x) for method in logits]
+        for method in methods:
+            assert_close(method(query[:, :, part], position[:, :, part]), method(query, position)[:, :, part])
 
     def test_same_seed_same_map(self, name: str) -> None:
         assert_close(
@@ -149,7 +175,7 @@ class TestEveryMap:
         feature_map = make_feature_map(name, H, D)
         query, key = queries_and_keys()
         pad = (0, 0, 2, 3)
-        mask = F.pad(torch.ones(B, 1, T, 1, dtype=torch.bool), pad)
+        mask = F.pad(torch.ones(B, T, dtype=torch.bool), pad[2:])
         padded = weights(feature_map, F.pad(query, pad), F.pad(key, pad), mask)
         assert_close(padded[:, :, 2:-3, 2:-3], weights(feature_map, query, key))
 
@@ -301,6 +327,21 @@ def test_kernel_is_the_papers(name: str) -> None:
     assert_close(weights(feature_map, query, key), KERNELS[name](feature_map, query, key))
 
 
+def test_hedgehog_is_exponentials_of_both_signs_of_two_affine_maps() -> None:
+    feature_map = make_feature_map("hedgehog", H, D, num_features=6).double()
+    with torch.no_grad():
+        for seed, parameter in enumerate(feature_map.parameters()):
+            parameter += randn(*parameter.shape, seed=seed) / 4
+    query, key = queries_and_keys()
+    projected = [
+        torch.einsum("hrd,bhid->bhir", feature_map.get_parameter(f"{side}_projection.weight"), x)
+        + feature_map.get_parameter(f"{side}_projection.bias")
+        for side, x in (("query", query), ("key", key))
+    ]
+    phi_q, phi_k = (torch.cat([x.exp(), (-x).exp()], dim=-1) for x in projected)
+    assert_close(weights(feature_map, query, key), phi_q @ phi_k.transpose(-1, -2) / 6)
+
+
 @pytest.mark.parametrize(
     ("name", "num_features"),
     [("elu", 4), ("relu", 4), ("t2r", 4), ("efficient", 4), ("hedgehog", 8), ("cosformer", 8), ("taylor", 1 + 4 + 10)],
@@ -309,36 +350,54 @@ def test_num_features_by_default(name: str, num_features: int) -> None:
     assert make_feature_map(name, H, D).num_features == num_features
 
 
+@pytest.mark.parametrize("name", MAPS)
+def test_weight_makes_a_mean_over_features_of_all_but_two(name: str) -> None:
+    feature_map = make_feature_map(name, H, D)
+    assert feature_map.weight == (1 if name in ("taylor", "efficient") else 1 / feature_map.num_features)
+
+
 @pytest.mark.parametrize("name", EXPONENTIAL)
 class TestExponentialMaps:
-    def test_features_are_positive_and_at_most_one_over_root_of_their_number(self, name: str) -> None:
-        feature_map = make_feature_map(name, H, D)
-        query, key = queries_and_keys()
-        for mapped in (feature_map.query(query, None), feature_map.key(key, None)):
-            assert mapped.features.min() > 0
-            assert_close(mapped.features.max() * feature_map.num_features**0.5, torch.tensor(1.0).double())
+    def test_projections_are_what_logits_are_made_of(self, name: str) -> None:
+        feature_map = make_feature_map(name, H, D).double()
+        projections, query_and_key = feature_map.projections(), queries_and_keys()
+        if projections is not None:
+            for w, logits, x in zip(projections, (feature_map.query_logits, feature_map.key_logits), query_and_key):
+                assert w.shape == (H, feature_map.num_features, D)
+                assert_close(logits(x), torch.einsum("hrd,bhid->bhir", w, x))
 
-    def test_stabiliser_ranges_over_tokens_only(self, name: str) -> None:
+    def test_offset_of_a_text_ranges_over_tokens_only(self, name: str) -> None:
         feature_map = make_feature_map(name, H, D)
-        # The logit of an empty slot, 0, would be the largest of FAVOR+: its |x|²/2 outweighs w·x here.
-        key = 20 + randn(B, H, T, D)
+        key = randn(B, H, T, D) - 20
         pad = (0, 0, 0, 2)
-        mask = F.pad(torch.ones(B, 1, T, 1, dtype=torch.bool), pad)
-        assert_close(feature_map.key(F.pad(key, pad), mask).log_scale, feature_map.key(key, None).log_scale)
+        mask = F.pad(torch.ones(B, T, dtype=torch.bool), pad[2:])
+        offset, alone = feature_map.feature_offset(F.pad(key, pad), mask), feature_map.feature_offset(key, None)
+        assert (offset is None) == (alone is None)
+        if offset is not None:
+            assert_close(offset, alone)
 
-    def test_stabilisers_carry_no_gradient(self, name: str) -> None:
-        feature_map = make_feature_map(name, H, D)
-        query, key = (x.requires_grad_() for x in queries_and_keys())
-        assert not feature_map.query(query, None).log_scale.requires_grad
-        assert not feature_map.key(key, None).log_scale.requires_grad
-
-    def test_a_text_without_a_token_keeps_a_finite_stabiliser(self, name: str) -> None:
+    def test_a_text_without_a_token_has_a_finite_offset(self, name: str) -> None:
         feature_map = make_feature_map(name, H, D)
         key = torch.zeros(B, H, T, D, requires_grad=True)
-        mapped = feature_map.key(key, torch.zeros(B, 1, T, 1, dtype=torch.bool))
-        assert mapped.log_scale.isfinite().all()
-        (gradient,) = torch.autograd.grad(mapped.features.sum(), key)
-        assert gradient.isfinite().all()
+        offset = feature_map.feature_offset(key, torch.zeros(B, T, dtype=torch.bool))
+        if offset is not None:
+            assert offset.isfinite().all()
+            (gradient,) = torch.autograd.grad(offset.sum(), key, allow_unused=True, materialize_grads=True)
+            assert gradient.isfinite().all()
+
+    def test_logits_are_finite_at_any_size(self, name: str) -> None:
+        feature_map = make_feature_map(name, H, D)
+        query, key = (1e4 * x for x in queries_and_keys(torch.float32))
+        offsets = feature_map.query_offset(query), feature_map.key_offset(key), feature_map.feature_offset(key, None)
+        for logits in (feature_map.query_logits(query), feature_map.key_logits(key), *offsets):
+            assert logits is None or logits.isfinite().all()
+
+
+def test_logits_must_be_given_in_one_way_or_the_other() -> None:
+    bare = ExponentialFeatureMap(H, D)
+    for logits in (bare.query_logits, bare.key_logits):
+        with pytest.raises(NotImplementedError, match=r"^ExponentialFeatureMap defines neither projections nor log"):
+            logits(queries_and_keys()[0])
 
 
 @pytest.mark.parametrize("name", LEARNED)
@@ -360,10 +419,10 @@ def test_learned_projections_start_as_the_identity(name: str, rows: int) -> None
 def test_learned_projections_differ_by_head_and_side(name: str) -> None:
     feature_map = make_feature_map(name, H, D)
     x = randn(1, 1, 1, D).expand(B, H, T, D)
-    before = unscaled(feature_map.query(x, None)), unscaled(feature_map.key(x, None))
+    before = features(feature_map, x, x)
     with torch.no_grad():
         feature_map.get_parameter("query_projection.weight")[1] *= 2
-    after = unscaled(feature_map.query(x, None)), unscaled(feature_map.key(x, None))
+    after = features(feature_map, x, x)
     others = [0, 2]
     assert_close(after[0][:, others], before[0][:, others], rtol=0, atol=0)
     assert_close(after[1], before[1], rtol=0, atol=0)
@@ -372,10 +431,10 @@ def test_learned_projections_differ_by_head_and_side(name: str) -> None:
 
 def test_elu_keeps_its_tail_in_bfloat16() -> None:
     x = torch.tensor([-80.0, -20.0, -7.0, -1.0, 0.0, 0.5, 300.0], dtype=torch.bfloat16)
-    features = make_feature_map("elu", 1, 7).features(x)
-    assert features.dtype == torch.bfloat16
-    assert (features > 0).all()
-    assert_close(features, torch.where(x >= 0, x.double() + 1, x.double().exp()).to(torch.bfloat16))
+    mapped = make_feature_map("elu", 1, 7).features(x)
+    assert mapped.dtype == torch.bfloat16
+    assert (mapped > 0).all()
+    assert_close(mapped, torch.where(x >= 0, x.double() + 1, x.double().exp()).to(torch.bfloat16))
 
 
 def test_elu_has_finite_gradients_at_any_size() -> None:
@@ -387,19 +446,21 @@ def test_elu_has_finite_gradients_at_any_size() -> None:
 def test_efficient_normalises_queries_over_features_and_keys_over_tokens() -> None:
     feature_map = make_feature_map("efficient", H, D)
     query, key = queries_and_keys()
-    mask = torch.tensor([[True] * T, [True] * 3 + [False] * (T - 3)])[:, None, :, None]
-    rows = feature_map.query(query, mask).features.sum(dim=-1)
+    mask = torch.tensor([[True] * T, [True] * 3 + [False] * (T - 3)])
+    phi_q, phi_k = features(feature_map, query, key, mask)
+    rows = phi_q.sum(dim=-1)
     assert_close(rows, torch.ones_like(rows))
-    columns = (feature_map.key(key, mask).features * mask).sum(dim=-2)
+    columns = (phi_k * mask[:, None, :, None]).sum(dim=-2)
     assert_close(columns, torch.tensor([7.0, 3.0], dtype=torch.float64)[:, None, None].expand(B, H, D))
 
 
 def test_positions_of_cosformer_count_tokens() -> None:
     feature_map = make_feature_map("cosformer", H, D)
     query, key = queries_and_keys()
-    mask = torch.zeros(B, 1, 2 * T + 1, 1, dtype=torch.bool)
-    mask[:, :, 1::2] = True
-    spread = [torch.zeros(B, H, 2 * T + 1, D, dtype=torch.float64).masked_scatter(mask, x) for x in (query, key)]
+    mask = torch.zeros(B, 2 * T + 1, dtype=torch.bool)
+    mask[:, 1::2] = True
+    slots = mask[:, None, :, None]
+    spread = [torch.zeros(B, H, 2 * T + 1, D, dtype=torch.float64).masked_scatter(slots, x) for x in (query, key)]
     assert_close(weights(feature_map, *spread, mask)[:, :, 1::2, 1::2], cosformer_kernel(feature_map, query, key))
 
 
@@ -407,5 +468,7 @@ def test_softmax_stands_for_exact_attention() -> None:
     softmax = make_feature_map("softmax", H, D)
     assert softmax.exact
     assert not any(feature_map_class(name).exact for name in MAPS)
-    with pytest.raises(NotImplementedError):
-        softmax.query(*queries_and_keys()[:1], None)
+    query, key = queries_and_keys()
+    for method, x in ((softmax.query_features, query), (softmax.key_features, key)):
+        with pytest.raises(NotImplementedError):
+            method(x, torch.zeros(()))

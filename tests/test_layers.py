@@ -15,8 +15,10 @@ PACKAGE = Path(st_linear.__file__).parent
 LAYERS = [
     "feature_maps",
     "positions",
-    "attention",
     "kernels",
+    "near",
+    "streaming",
+    "attention",
     "conversion",
     "model_card",
     "pair_head",

@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from st_linear.plots import plot_learning_curves, plot_pearson_by_length
+from st_linear.plots import plot_learning_curves, plot_pearson_by_length, plot_speed
 
 CURVES = {
     "softmax": [{"examples": 0, "pearson": 0.5}, {"examples": 1000, "pearson": 0.8}],
@@ -113,3 +113,52 @@ def test_a_missing_matplotlib_says_what_to_install(tmp_path: Path, monkeypatch: 
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r'pip install "st-linear\[quickstart\]"'):
         plot_learning_curves(CURVES, tmp_path / "a.svg")
+
+
+SPEED = {
+    "hedgehog": {"128": {"median": 0.9, "low": 0.8, "high": 1.0}, "8192": {"median": 5, "low": 4, "high": 6}},
+    "favor": {"128": {"median": 0.5, "low": 0.4, "high": 0.7}},
+}
+
+
+@pytest.mark.parametrize("suffix", [".svg", ".png"])
+def test_speed_is_written_whole(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / "plots" / f"speed{suffix}"
+    plot_speed(SPEED, path, baseline="softmax")
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+def test_speed_shows_the_points_and_their_intervals(tmp_path: Path, drawn: list) -> None:
+    plot_speed(SPEED, tmp_path / "a.svg", baseline="softmax")
+    (axes,) = drawn[0].axes
+    assert axes.get_ylabel() == "speed relative to softmax"
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+    assert axes.get_xticks().tolist() == [128, 8192]
+    hedgehog, favor = axes.containers
+    line, _, (bars,) = hedgehog
+    assert line.get_ydata().tolist() == [0.9, 5]
+    assert line.get_xdata() == pytest.approx([128, 8192], rel=0.05)
+    assert [segment[:, 1].tolist() for segment in bars.get_segments()] == [
+        pytest.approx([0.8, 1.0]),
+        pytest.approx([4, 6]),
+    ]
+    assert favor[0].get_ydata().tolist() == [0.5]
+
+
+def test_speed_of_named_parts_stands_side_by_side(tmp_path: Path, drawn: list) -> None:
+    parts = {"sts-training": SPEED["favor"]["128"], "4096-training": SPEED["favor"]["128"]}
+    plot_speed({"favor": parts}, tmp_path / "a.svg", baseline="softmax")
+    (axes,) = drawn[0].axes
+    assert (axes.get_xscale(), axes.get_yscale()) == ("linear", "linear")
+    assert [label.get_text() for label in axes.get_xticklabels()] == list(parts)
+    assert axes.containers[0][0].get_linestyle() == "None"
+
+
+def test_speed_without_figures_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="speed is empty: nothing to draw"):
+        plot_speed({}, tmp_path / "a.svg", baseline="softmax")
+    with pytest.raises(ValueError, match=r"speed\['elu'\]: low is None in one of its points; a number is needed"):
+        plot_speed({"elu": {"128": {"median": 1.0}}}, tmp_path / "a.svg", baseline="softmax")
+    with pytest.raises(ValueError, match=r"path=.*a.pdf.* must end in \.svg or \.png"):
+        plot_speed(SPEED, tmp_path / "a.pdf", baseline="softmax")
+    assert not list(tmp_path.iterdir())
