@@ -306,7 +306,8 @@ class Favor(RandomFeatures, ExponentialFeatureMap):
 
     def query_offset(self, query: Tensor) -> Tensor:
         # Encoders lay tokens before heads in memory, and a sum in that order takes a quarter of the time.
-        return query.transpose(1, 2).square().sum(dim=-1, keepdim=True).transpose(1, 2) / -2
+        norm = torch.linalg.vector_norm(query.transpose(1, 2), dim=-1, keepdim=True).transpose(1, 2)
+        return norm.square() / -2
 
     def key_offset(self, key: Tensor) -> Tensor:
         return self.query_offset(key)

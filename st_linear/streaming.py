@@ -45,7 +45,7 @@ from st_linear.near import (
 _SEGMENT_TOKENS = 1024
 
 # Tokens at a time where PyTorch's fused kernel keeps logits out of memory: a limit on copies of the inputs alone.
-_FUSED_TOKENS = 8192
+_FUSED_TOKENS = 2048
 
 
 class State(NamedTuple):
@@ -165,6 +165,9 @@ def stream_linear(
         if projections is not None:
             return _fused_stream_linear(query, key, value, token_mask, feature_map, projections, offset, scale)
     chunk = chunk_tokens(query, feature_map.num_features)
+    if torch.is_grad_enabled():
+        # The state of every chunk is kept for the backward pass, R · D numbers: to be fewer than the chunk's own keys.
+        chunk = max(chunk, 2 * feature_map.num_features)
 
     def fold(key: Tensor, value: Tensor, mask: Tensor | None, position: Tensor) -> State:
         return kernel.fold(_scaled(key, scale), _upcast(value), mask, position)
@@ -201,18 +204,22 @@ def _fused_stream_linear(
     def fold(key: Tensor, value: Tensor, mask: Tensor | None) -> State:
         bias = feature_map.key_offset(_scaled(key, scale))
         if mask is not None:
-            bias = (mask.new_zeros((), dtype=value.dtype) if bias is None else bias).masked_fill(~mask, LOG_ZERO)
+            bias = (mask.new_zeros((), dtype=dtype) if bias is None else bias).masked_fill(~mask, LOG_ZERO)
         bias = None if bias is None else bias.transpose(-1, -2).contiguous()
         mean, log_weight = fused_softmax_mean(key_weight, _upcast(key), _upcast(value), bias, root)
         return State(mean, log_weight.transpose(-1, -2))
 
     chunk = max(1, _FUSED_TOKENS // len(query))
-    keys, values, queries = (x.split(chunk, dim=2) for x in (key, value, query))
+    keys, values = (x.split(chunk, dim=2) for x in (key, value))
     masks = [None] * len(keys) if token_mask is None else token_mask.split(chunk, dim=2)
     state = _with_offset(reduce(kernel.merge, (fold(*part) for part in zip(keys, values, masks))), offset)
     bias = state.log_weight.to(dtype).contiguous()
-    outputs = (fused_softmax_mean(_upcast(x), query_weight, state.value, bias, root)[0].to(x.dtype) for x in queries)
-    return next(outputs) if len(queries) == 1 else _joined(outputs, query)
+
+    def read(query: Tensor) -> Tensor:
+        return fused_softmax_mean(_upcast(query), query_weight, state.value, bias, root)[0].to(query.dtype)
+
+    # Queries that need no copy are read all at once.
+    return read(query) if query.dtype == dtype else _joined(map(read, query.split(chunk, dim=2)), query)
 
 
 @torch.compiler.disable

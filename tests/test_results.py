@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from st_linear import cli
+from st_linear.benchmarks import report
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -46,3 +47,25 @@ def test_the_table_of_swaps_is_made_from_the_record(readme: str, swaps: dict[str
 def test_texts_inside_the_window_keep_the_original_figures(swaps: dict[str, dict[str, Any]]) -> None:
     for metric in ("pearson", "spearman"):
         assert swaps["near-far"][metric] == pytest.approx(swaps["softmax"][metric], abs=1e-4)
+
+
+SPEED = sorted((RESULTS / "speed").glob("*/*.json"))
+
+
+def test_there_are_records_of_speed() -> None:
+    assert SPEED
+
+
+@pytest.mark.parametrize("path", SPEED, ids=lambda path: path.parent.name)
+def test_tables_of_speed_are_made_from_their_records(path: Path) -> None:
+    record = json.loads(path.read_text(encoding="utf-8"))
+    assert path.with_suffix(".md").read_text(encoding="utf-8") == report.markdown(record)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/performance.md"])
+def test_rows_of_speed_stand_in_those_tables(page: str) -> None:
+    tables = {line for path in SPEED for line in path.with_suffix(".md").read_text(encoding="utf-8").splitlines()}
+    text = (ROOT / page).read_text(encoding="utf-8")
+    quoted = [line for line in text.splitlines() if re.match(r"\| (\d|sts-)", line)]
+    assert quoted
+    assert [line for line in quoted if line not in tables] == []
