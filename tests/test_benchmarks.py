@@ -431,6 +431,16 @@ class TestEncoders:
         assert made["elu"] is made["elu"]
         assert made["favor:8"].transformer.feature_map_kwargs == {"num_features": 8}
 
+    def test_a_training_step_has_dropout_and_a_forward_pass_has_none(self, made: Encoders) -> None:
+        encoder = made["hedgehog"]
+        for module in encoder.model.modules():
+            module.training = module is encoder.model
+        features = ids([0, 5, 9, 11, 2])
+        encoder.train(features)
+        assert all(module.training for module in encoder.model.modules())
+        encoder.embed(features)
+        assert not any(module.training for module in encoder.model.modules())
+
     def test_a_training_step_moves_the_weights_and_keeps_no_gradient(self, made: Encoders) -> None:
         encoder = made["hedgehog"]
         before = {name: tensor.clone() for name, tensor in encoder.model.state_dict().items()}

@@ -82,8 +82,7 @@ class Encoder:
 
     def embed(self, features: dict[str, Any]) -> Tensor:
         """Embeddings of a batch, as ``encode`` computes them."""
-        if self.model.training:
-            self.model.eval()
+        self.model.eval()
         with torch.inference_mode(), self._observed():
             return self.model(features)["sentence_embedding"]
 
@@ -94,8 +93,8 @@ class Encoder:
 
     def train(self, features: dict[str, Any]) -> None:
         """One training step: forward, a loss on the pooled output, backward, optimizer."""
-        if not self.model.training:
-            self.model.train()
+        # Not only where the model says that it isn't: its transformer is loaded for evaluation on its own.
+        self.model.train()
         with self._observed():
             embedding = self.model(features)["sentence_embedding"]
         # Not the embedding's norm: where the model normalises, that has no gradient.
