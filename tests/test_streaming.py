@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from test_attention import FORMS, MAPS, TOLERANCES, Form, assert_finite, features, make_form, make_inputs, randn, run
 from torch import Tensor
@@ -214,7 +214,12 @@ def check(case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
         close = partial(assert_close, check_dtype=False)
         for output in (actual.output, actual.without_gradients):
             close(output, exact.output, rtol=tolerance.output, atol=tolerance.output)
-        close(actual.gradients, exact.gradients, rtol=tolerance.gradient, atol=tolerance.gradient)
+        plain = compute(partial(form.reference, attention_mask=attention_mask), inputs, form.parameters, case.trained)
+        for gradient, definition, expected in zip(actual.gradients, plain.gradients, exact.gradients, strict=True):
+            # A quotient of tiny weights loses digits in any form: here no more than a multiple of what its definition
+            # loses in the same dtype.
+            lost = float((definition.double() - expected).abs().max()) if expected.numel() else 0.0
+            close(gradient, expected, rtol=tolerance.gradient, atol=max(tolerance.gradient, 3 * lost))
         return
     reference = partial(form.reference, attention_mask=attention_mask)
     plain = compute(reference, inputs, form.parameters, case.trained, autocast=dtype)
@@ -249,6 +254,27 @@ def test_equals_the_reference_in_float64(case: Case) -> None:
     check(case, torch.float64)
 
 
+TINY_WEIGHTS = Case(
+    kind="linear",
+    map_name="t2r",
+    num_features=2,
+    shape=(2, 1, 1, 3),
+    size=1,
+    scale=0.30078125,
+    lengths=[0, 0],
+    padding="none",
+    poison=0.0,
+    packed=False,
+    tokens_first=False,
+    trained=(True, True, True, True),
+    chunk=1,
+    segment=1,
+    short=1,
+    seed=3,
+)
+
+
+@example(case=TINY_WEIGHTS)
 @draws(600)
 def test_equals_the_reference_in_float32(case: Case) -> None:
     check(case, torch.float32)
