@@ -391,7 +391,9 @@ def _with_offset(state: State, offset: Tensor | None) -> State:
 
 def _state_offset(feature_map: FeatureMap, key: Tensor, mask: Tensor | None, scale: float) -> Tensor | None:
     """What is added to the weights of a whole text's state, (B or 1, H, 1, R), or None."""
-    if not isinstance(feature_map, ExponentialFeatureMap):
+    # Keys are scaled, a pass over the whole text, only for maps that have such an offset.
+    method = getattr(type(feature_map), "feature_offset", None)
+    if not isinstance(feature_map, ExponentialFeatureMap) or method is ExponentialFeatureMap.feature_offset:
         return None
     return feature_map.feature_offset(_scaled(key, scale), mask)
 
