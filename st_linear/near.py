@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -69,15 +71,16 @@ def attend_near(
     mask: Tensor | None,
     window: int,
     neighbours: tuple[bool, bool],
+    scale: float,
     radius: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of each block to itself and its neighbours, and the logarithm of the sum of its weights.
 
-    Shapes: query (B, H, t, D) to (B, H, t, D) and (B, H, t, 1); key and value (B, H, t', D) are those of the same
-    blocks, with the block before them and the one after them if ``neighbours`` says so.
+    Shapes: query (B, H, t, D) to (B, H, t, D) and (B, H, t, 1); key and value (B, H, t', D) and mask (B, 1, t', 1) are
+    those of the same blocks, with the block before them and the one after them if ``neighbours`` says so.
     """
     # The fused kernel keeps few weights at a time in any case. Here they are few so that they stay in the cache.
-    fused = mask is None and radius is None and has_fused_softmax(query)
+    fused = has_fused_softmax(query)
     length, before = query.shape[2], window if neighbours[0] else 0
     most = length if fused else max(1, chunk_tokens(query, 3 * window) // window)
     outputs: list[tuple[Tensor, Tensor]] = []
@@ -88,13 +91,26 @@ def attend_near(
         alike = min((key.shape[2] - here) // window - 1, (length - start) // window) if here >= window else 0
         blocks = max(0, min(alike, most))
         first, stop = max(here - window, 0), min(start + max(blocks, 1) * window, length)
-        queries = query[:, :, start:stop]
         keys, values = (x[:, :, first : stop + before + window] for x in (key, value))
+        queries = in_blocks(query[:, :, start:stop], blocks)
+        bias = None
+        if mask is not None:
+            token_mask = _with_neighbours(mask[:, :, first : stop + before + window], window, blocks)
+            bias = log_of(token_mask.transpose(-1, -2), query.dtype)
+        if radius is not None:
+            i = torch.arange(queries.shape[-2], device=query.device)[:, None] + here - first
+            j = torch.arange(3 * window if blocks else keys.shape[2], device=query.device)
+            band = log_of((i - j).abs() <= radius, query.dtype)
+            bias = band if bias is None else bias + band
         if fused:
-            outputs.append(_fused_near(queries, keys, values, window, blocks))
+            # Overlapping views: the fused kernel takes keys with any strides, and nothing is copied.
+            keys, values = (x.unfold(2, 3 * window, window).mT if blocks else x for x in (keys, values))
+            mean, log_weight = fused_softmax_mean(queries, keys, values, bias, scale)
         else:
-            token_mask = None if mask is None else mask[:, :, first : stop + before + window]
-            outputs.append(_plain_near(queries, keys, values, token_mask, window, blocks, radius, here - first))
+            keys, values = (_with_neighbours(x, window, blocks) for x in (keys, values))
+            logits = queries * scale @ keys.mT
+            mean, log_weight = softmax_mean(logits if bias is None else logits + bias, values)
+        outputs.append((mean.flatten(2, 3), log_weight.flatten(2, 3)) if blocks else (mean, log_weight))
         start = stop
     mean, log_weight = (torch.cat(parts, dim=2) if len(parts) > 1 else parts[0] for parts in zip(*outputs))
     return mean, log_weight
@@ -144,48 +160,6 @@ class _KernelNear(torch.autograd.Function):
         return (*back, None, None, None)
 
 
-def _plain_near(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    window: int,
-    blocks: int,
-    radius: int | None,
-    shift: int,
-) -> tuple[Tensor, Tensor]:
-    """What :func:`attend_near` does for some blocks with two neighbours each, or for one (0) and whatever it sees.
-
-    ``shift`` is where in its keys a block itself begins.
-    """
-    logits = in_blocks(query, blocks) @ _with_neighbours(key, window, blocks).transpose(-1, -2)
-    if mask is not None:
-        logits = logits.masked_fill(~_with_neighbours(mask, window, blocks).transpose(-1, -2), LOG_ZERO)
-    if radius is not None:
-        i, j = (torch.arange(n, device=query.device) for n in logits.shape[-2:])
-        logits = logits.masked_fill((i[:, None] + shift - j).abs() > radius, LOG_ZERO)
-    mean, log_weight = softmax_mean(logits, _with_neighbours(value, window, blocks))
-    return (mean.flatten(2, 3), log_weight.flatten(2, 3)) if blocks else (mean, log_weight)
-
-
-def _fused_near(query: Tensor, key: Tensor, value: Tensor, window: int, blocks: int) -> tuple[Tensor, Tensor]:
-    """What :func:`attend_near` does for one block (0), or for some with two neighbours, in the fused kernel.
-
-    It takes keys with any strides: those of neighbouring blocks overlap in memory, and nothing is copied.
-    """
-    if not blocks:
-        return fused_softmax_mean(query, key, value)
-    outputs = []
-    for text in zip(query, key, value):
-        sizes = (window, 3 * window, 3 * window)
-        mean, log_weight = fused_softmax_mean(
-            *(x.unfold(1, size, window).permute(1, 0, 3, 2) for x, size in zip(text, sizes))
-        )
-        outputs.append((mean.transpose(0, 1).flatten(1, 2), log_weight.transpose(0, 1).flatten(1, 2)))
-    mean, log_weight = (torch.stack(parts) for parts in zip(*outputs))
-    return mean, log_weight
-
-
 def has_fused_softmax(query: Tensor) -> bool:
     """Whether :func:`fused_softmax_mean` takes such a query: on the CPU, without gradients."""
     return query.device.type == "cpu" and not torch.is_grad_enabled()
@@ -197,11 +171,26 @@ def fused_softmax_mean(
     """:func:`softmax_mean` of the logits ``scale · q·k + bias``, for the CPU and without gradients.
 
     This is the kernel behind ``scaled_dot_product_attention``, called by its name for the logarithm that it gives too.
-    Shapes: query (…, M, D), key and value (…, N, D), bias broadcasts to (…, M, N), with last stride 1.
+    Shapes: query (B, H, M, D), key and value (B, H, N, D), or n blocks of each, (B, H, n, M, D) and (B, H, n, N, D);
+    bias broadcasts to (B, H, M, N), or (B, H, n, M, N).
     """
-    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    mean, log_sum = attend(query, key, value, attn_mask=bias, scale=scale)
-    return mean, log_sum.unsqueeze(-1)
+    if query.ndim == 4:
+        attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        mean, log_sum = attend(query, key, value, attn_mask=bias, scale=scale)
+        return mean, log_sum.unsqueeze(-1)
+    # Blocks take the place of texts. Where there are many texts, they are short.
+    biases: Iterable[Tensor | None] = itertools.repeat(None)
+    if bias is not None:
+        biases = bias.expand(*query.shape[:-1], key.shape[-2]).transpose(1, 2)
+    texts = zip(*(x.transpose(1, 2) for x in (query, key, value)), biases)
+    outputs = [fused_softmax_mean(q, k, v, b, scale) for q, k, v, b in texts]
+    mean, log_sum = (torch.stack(parts) if len(parts) > 1 else parts[0][None] for parts in zip(*outputs))
+    return mean.transpose(1, 2), log_sum.transpose(1, 2)
+
+
+def log_of(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """The logarithm of a mask: nought where it is true, :data:`LOG_ZERO` elsewhere."""
+    return mask.new_zeros((), dtype=dtype).masked_fill(~mask, LOG_ZERO)
 
 
 def _with_neighbours(x: Tensor, window: int, blocks: int) -> Tensor:

@@ -21,7 +21,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import reduce
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -39,6 +38,7 @@ from st_linear.near import (
     fused_softmax_mean,
     has_fused_softmax,
     in_blocks,
+    log_of,
     softmax_mean,
 )
 
@@ -60,11 +60,31 @@ class State(NamedTuple):
     log_weight: Tensor
 
 
-class _Exponential:
-    """Fold, merge and read for ``φ(x) = exp(logits(x))``."""
+class _Folding:
+    """What is the same for every φ: sizes of chunks, and folding block by block."""
 
-    def __init__(self, feature_map: ExponentialFeatureMap) -> None:
+    def __init__(self, feature_map: FeatureMap, dtype: torch.dtype, scale: float) -> None:
         self.map = feature_map
+        self.dtype = dtype
+        self.root = scale**0.5
+
+    def chunk(self, query: Tensor) -> int:
+        """Tokens to fold or to read at a time."""
+        chunk = chunk_tokens(query, self.map.num_features)
+        # The state of every chunk is kept for the backward pass, R · D numbers: to be fewer than the chunk's own keys.
+        return max(chunk, 2 * self.map.num_features) if torch.is_grad_enabled() else chunk
+
+
+class _Exponential(_Folding):
+    """Fold, merge and read for ``φ(x) = exp(logits(x))``. Queries and keys come unscaled."""
+
+    map: ExponentialFeatureMap
+
+    def __init__(self, feature_map: ExponentialFeatureMap, dtype: torch.dtype, scale: float) -> None:
+        super().__init__(feature_map, dtype, scale)
+        weights = feature_map.projections()
+        # (H, R, D) of queries and of keys. To scale these costs less than to scale what they are applied to.
+        self.weights = None if weights is None else tuple(x.to(dtype) * self.root for x in weights)
 
     def empty(self, value: Tensor) -> State:
         """The state of no keys and values, for values (B, H, …, D)."""
@@ -76,52 +96,93 @@ class _Exponential:
 
     def fold(self, key: Tensor, value: Tensor, mask: Tensor | None, position: Tensor, blocks: int = 0) -> State:
         """The state of keys and values (B, H, T, D), or with ``blocks`` those of so many parts, along dim 2."""
-        logits = self.map.key_logits(key)
-        offset = self.map.key_offset(key)
-        if offset is not None:
-            logits = logits + offset
-        if mask is not None:
-            logits = logits.masked_fill(~mask, LOG_ZERO)
+        logits = self.map.key_logits(key * self.root) if self.weights is None else key @ self.weights[1].mT
+        for bias in self._key_biases(key, mask):
+            logits = logits + bias
         return State(*softmax_mean(in_blocks(logits, blocks), in_blocks(value, blocks), dim=-2))
 
     def merge(self, state: State, other: State) -> State:
         """One state for the keys and values of both."""
-        share = torch.sigmoid(other.log_weight - state.log_weight).transpose(-1, -2)
+        share = torch.sigmoid(other.log_weight - state.log_weight).mT
         return State(state.value.lerp(other.value, share), torch.logaddexp(state.log_weight, other.log_weight))
+
+    def merge_each(self, states: State, chosen: Tensor) -> State:
+        """M merged states of the N along dim 2, each of those that its row of ``chosen``, (M, N) bool, says."""
+        # By feature, a softmax over states. Features come before heads, as they lie in memory.
+        logits = states.log_weight.permute(0, 4, 1, 3, 2).masked_fill(~chosen, -math.inf)
+        value, log_weight = softmax_mean(logits, states.value.permute(0, 3, 1, 2, 4))
+        return State(value.permute(0, 2, 3, 1, 4), log_weight.permute(0, 2, 3, 4, 1))
 
     def read(self, query: Tensor, state: State, position: Tensor, blocks: int = 0) -> tuple[Tensor, Tensor]:
         """Outputs (…, T, D) of queries (B, H, T, D), and the logarithm of the sum of their weights, (…, T, 1)."""
-        logits = in_blocks(self.map.query_logits(query), blocks)
-        mean, log_weight = softmax_mean(logits + state.log_weight, state.value)
-        offset = self.map.query_offset(query)
-        return mean, log_weight if offset is None else log_weight + in_blocks(offset, blocks)
+        mean, log_weight = softmax_mean(in_blocks(self._query_logits(query), blocks) + state.log_weight, state.value)
+        if _has(self.map, "query_offset") and (offset := self.map.query_offset(query * self.root)) is not None:
+            log_weight = log_weight + in_blocks(offset, blocks)
+        return mean, log_weight
 
     def read_alone(self, query: Tensor, state: State, position: Tensor) -> Tensor:
         """The outputs of :meth:`read`, for less."""
-        return (self.map.query_logits(query) + state.log_weight).softmax(dim=-1) @ state.value
+        return (self._query_logits(query) + state.log_weight).softmax(dim=-1) @ state.value
+
+    def _query_logits(self, query: Tensor) -> Tensor:
+        return self.map.query_logits(query * self.root) if self.weights is None else query @ self.weights[0].mT
+
+    def _key_biases(self, key: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
+        """What is added to all logits of a key, (B or 1, H or 1, T, 1) each."""
+        if _has(self.map, "key_offset") and (offset := self.map.key_offset(key * self.root)) is not None:
+            yield offset
+        if mask is not None:
+            yield log_of(mask, key.dtype)
 
 
-class _Sums:
+class _Fused(_Exponential):
+    """:class:`_Exponential` for linear attention with ``φ(x) = exp(W x + offsets)``, on the CPU without gradients.
+
+    Its two softmaxes run in PyTorch's own fused kernel. In the fold the rows of W are queries, and in the read they
+    are keys: logits are never in memory, not even those of a chunk.
+    """
+
+    weights: tuple[Tensor, Tensor]
+
+    def chunk(self, query: Tensor) -> int:
+        return max(1, _FUSED_TOKENS // len(query))
+
+    def fold(self, key: Tensor, value: Tensor, mask: Tensor | None, position: Tensor, blocks: int = 0) -> State:
+        assert not blocks, "a block's products are too small for the fused kernel"
+        biases = list(self._key_biases(key, mask))
+        bias = reduce(torch.add, biases).mT.contiguous() if biases else None
+        weight = self.weights[1].expand(len(key), -1, -1, -1)
+        mean, log_weight = fused_softmax_mean(weight, key, value, bias)
+        return State(mean, log_weight.mT)
+
+    def read_alone(self, query: Tensor, state: State, position: Tensor) -> Tensor:
+        weight = self.weights[0].expand(len(query), -1, -1, -1)
+        return fused_softmax_mean(query, weight, state.value, state.log_weight.contiguous())[0]
+
+
+class _Sums(_Folding):
     """Fold, merge and read for any φ; shapes as in :class:`_Exponential`."""
-
-    def __init__(self, feature_map: FeatureMap) -> None:
-        self.map = feature_map
 
     def empty(self, value: Tensor) -> State:
         return self._state(value.new_zeros(*value.shape[:2], self.map.num_features, value.shape[-1] + 1))
 
     def fold(self, key: Tensor, value: Tensor, mask: Tensor | None, position: Tensor, blocks: int = 0) -> State:
-        features = self.map.key_features(key, position)
+        features = self.map.key_features(key * self.root, position)
         if mask is not None:
             features = features * mask
         value = torch.cat([value, torch.ones_like(value[..., :1])], dim=-1)
-        return self._state(in_blocks(features, blocks).transpose(-1, -2) @ in_blocks(value, blocks))
+        return self._state(in_blocks(features, blocks).mT @ in_blocks(value, blocks))
 
     def merge(self, state: State, other: State) -> State:
         return self._state(state.value + other.value)
 
+    def merge_each(self, states: State, chosen: Tensor) -> State:
+        # What is chosen is added up. To take the rest from the total would be cheaper, and cancel.
+        sums = chosen.to(states.value.dtype) @ states.value.flatten(-2)
+        return self._state(sums.unflatten(-1, states.value.shape[-2:]))
+
     def read(self, query: Tensor, state: State, position: Tensor, blocks: int = 0) -> tuple[Tensor, Tensor]:
-        sums = in_blocks(self.map.query_features(query, position), blocks) @ state.value
+        sums = in_blocks(self.map.query_features(query * self.root, position), blocks) @ state.value
         total, weight = sums[..., :-1], sums[..., -1:]
         # A sum this small has lost terms to underflow, and the quotient's gradients would overflow.
         info = torch.finfo(weight.dtype)
@@ -136,8 +197,11 @@ class _Sums:
         return State(value, value.new_zeros(*value.shape[:-2], 1, 1))
 
 
-def _kernel(feature_map: FeatureMap) -> _Exponential | _Sums:
-    return _Exponential(feature_map) if isinstance(feature_map, ExponentialFeatureMap) else _Sums(feature_map)
+def _kernel(feature_map: FeatureMap, query: Tensor, scale: float) -> _Exponential | _Sums:
+    dtype = _upcast(query[:0]).dtype
+    if isinstance(feature_map, ExponentialFeatureMap):
+        return _Exponential(feature_map, dtype, scale)
+    return _Sums(feature_map, dtype, scale)
 
 
 @torch.compiler.disable
@@ -157,69 +221,24 @@ def stream_linear(
     Returns:
         (B, H, T, D) in the dtype of ``query``, tokens before heads in memory; padded slots hold anything finite.
     """
-    kernel = _kernel(feature_map)
+    kernel = _kernel(feature_map, query, scale)
+    if isinstance(kernel, _Exponential) and kernel.weights is not None and has_fused_softmax(query):
+        kernel = _Fused(kernel.map, kernel.dtype, scale)
     token_mask = None if mask is None else mask[:, None, :, None]
     offset = _state_offset(feature_map, key, mask, scale)
-    if isinstance(feature_map, ExponentialFeatureMap) and has_fused_softmax(query):
-        projections = feature_map.projections()
-        if projections is not None:
-            return _fused_stream_linear(query, key, value, token_mask, feature_map, projections, offset, scale)
-    chunk = chunk_tokens(query, feature_map.num_features)
-    if torch.is_grad_enabled():
-        # The state of every chunk is kept for the backward pass, R · D numbers: to be fewer than the chunk's own keys.
-        chunk = max(chunk, 2 * feature_map.num_features)
 
     def fold(key: Tensor, value: Tensor, mask: Tensor | None, position: Tensor) -> State:
-        return kernel.fold(_scaled(key, scale), _upcast(value), mask, position)
+        return kernel.fold(_upcast(key), _upcast(value), mask, position)
 
     def read(query: Tensor, position: Tensor) -> Tensor:
-        return kernel.read_alone(_scaled(query, scale), state, position).to(query.dtype)
+        return kernel.read_alone(_upcast(query), state, position).to(query.dtype)
 
+    chunk = kernel.chunk(query)
     positions = _positions(query, token_mask).split(chunk, dim=2)
     masks = [None] * len(positions) if token_mask is None else token_mask.split(chunk, dim=2)
     parts = zip(key.split(chunk, dim=2), value.split(chunk, dim=2), masks, positions)
     state = _with_offset(reduce(kernel.merge, (_recomputed(fold, *part) for part in parts)), offset)
     return _joined((_recomputed(read, *part) for part in zip(query.split(chunk, dim=2), positions)), query)
-
-
-def _fused_stream_linear(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    token_mask: Tensor | None,
-    feature_map: ExponentialFeatureMap,
-    projections: tuple[Tensor, Tensor],
-    offset: Tensor | None,
-    scale: float,
-) -> Tensor:
-    """:func:`stream_linear` for ``φ(x) = exp(W x + offsets)``: its two softmaxes in PyTorch's own fused kernel.
-
-    For the first the rows of W are queries, and for the second they are keys: logits are never in memory, not even
-    those of a chunk. Chunks are there for what is made of the inputs, their copies in float32 say.
-    """
-    kernel, root = _Exponential(feature_map), scale**0.5
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    query_weight, key_weight = (x.to(dtype).expand(len(query), -1, -1, -1) for x in projections)
-
-    def fold(key: Tensor, value: Tensor, mask: Tensor | None) -> State:
-        bias = feature_map.key_offset(_scaled(key, scale))
-        if mask is not None:
-            bias = (mask.new_zeros((), dtype=dtype) if bias is None else bias).masked_fill(~mask, LOG_ZERO)
-        bias = None if bias is None else bias.transpose(-1, -2).contiguous()
-        mean, log_weight = fused_softmax_mean(key_weight, _upcast(key), _upcast(value), bias, root)
-        return State(mean, log_weight.transpose(-1, -2))
-
-    chunk = max(1, _FUSED_TOKENS // len(query))
-    keys, values = (x.split(chunk, dim=2) for x in (key, value))
-    masks = [None] * len(keys) if token_mask is None else token_mask.split(chunk, dim=2)
-    state = _with_offset(reduce(kernel.merge, (fold(*part) for part in zip(keys, values, masks))), offset)
-    bias = state.log_weight.to(dtype).contiguous()
-
-    def read(query: Tensor) -> Tensor:
-        return fused_softmax_mean(_upcast(query), query_weight, state.value, bias, root)[0].to(query.dtype)
-
-    # Queries that need no copy are read all at once.
-    return read(query) if query.dtype == dtype else _joined(map(read, query.split(chunk, dim=2)), query)
 
 
 @torch.compiler.disable
@@ -238,8 +257,8 @@ def stream_near_far(
 
     Blocks count slots: padding must be on the right. Time O(B·H·T·(3·window + R)·D).
     """
-    kernel = _kernel(feature_map)
-    text = _Blocks(query, key, value, mask, window, scale)
+    kernel = _kernel(feature_map, query, scale)
+    text = _Blocks(query, key, value, mask, window)
     offset = _state_offset(feature_map, key, mask, scale)
     log_factor: Tensor | float = math.log(feature_map.weight)
     if gain is not None:
@@ -251,41 +270,65 @@ def stream_near_far(
         slots = (text.segments[0][1] - text.segments[0][0]) * window
         near_parts = list(zip(*(x.split(slots, dim=2) for x in whole)))
 
-    def start_of(start: int, stop: int) -> tuple[State, State]:
-        """States of the segment's first block, and of its other blocks."""
-        others = kernel.fold(*text.keys(start + 1, stop)) if stop > start + 1 else nothing
-        return kernel.fold(*text.keys(start, start + 1)), others
+    def fold(start: int, stop: int) -> State:
+        """States of those blocks that there are."""
+        return _fold_blocks(kernel, *text.keys(start, stop), window)
 
-    def attend(start: int, stop: int, before: State, after: State) -> tuple[Tensor, State]:
-        """The segment's output, and the state of all blocks before its last one."""
+    # No more numbers than there are in the values: cheaper to keep than to make again.
+    keep = feature_map.num_features <= window
+    kept = [_recomputed(fold, *segment) for segment in text.segments] if keep else []
+
+    def states_of(segment: int, reach: int) -> list[State]:
+        """States of a segment's blocks, and of ``reach`` (0 or 1) neighbouring blocks on either side."""
+        start, stop = text.segments[segment]
+        if not keep:
+            return [fold(start - reach, stop + reach)]
+        left = [_part(kept[segment - 1], -1, None)] if reach and segment > 0 else []
+        return [*left, kept[segment], *(_part(state, 0, 1) for state in kept[segment + 1 : segment + 1 + reach])]
+
+    def start_of(segment: int) -> list[State]:
+        """States of a segment's first block, and of its other blocks."""
+        states = _stacked([nothing, *states_of(segment, 0)])
+        chosen = torch.ones(2, states.value.shape[2], dtype=torch.bool, device=query.device)
+        chosen[0, 2:] = chosen[1, 1] = False
+        return _unbound(kernel.merge_each(states, chosen))
+
+    def attend(segment: int, before: State, after: State) -> tuple[Tensor, State]:
+        """A segment's output, and the state of all blocks before its last one."""
+        start, stop = text.segments[segment]
         queries, position = text.queries(start, stop)
-        keys = text.keys(start - 1, stop + 1)
         if near_parts is None:
-            near, near_log_weight = attend_near(queries, *keys[:3], window, text.neighbours(start, stop))
+            keys, values, token_mask, _ = text.keys(start - 1, stop + 1)
+            neighbours = (start > 0, stop < text.num_blocks)
+            near, near_log_weight = attend_near(queries, keys, values, token_mask, window, neighbours, scale)
         else:
-            near, near_log_weight = near_parts[text.segments.index((start, stop))]
-        # The states of the left neighbour, of the segment's blocks, and of the right neighbour.
-        states = _fold_blocks(kernel, *keys, window)
-        states = [nothing] * (start == 0) + states + [nothing] * (stop + 1 - text.num_blocks)
-        # Only far blocks are added up. To take the near ones from the total would be cheaper, and cancel.
-        befores = list(accumulate(states[: stop - start], kernel.merge, initial=before))
-        afters = list(accumulate(reversed(states[3:]), kernel.merge, initial=after))
-        far_state = _with_offset(kernel.merge(_stacked(befores[:-1]), _stacked(afters[::-1])), offset)
+            near, near_log_weight = near_parts[segment]
+        # One row for each block: the blocks before and within the segment that are far from it. One more: those before
+        # the segment's last.
+        block = torch.arange(max(start - 1, 0), min(stop + 1, text.num_blocks), device=query.device)
+        row = torch.arange(start, stop, device=query.device)[:, None]
+        chosen = F.pad(torch.cat([(block - row).abs() > 1, (block < stop - 1)[None]]), (1, 0), value=True)
+        merged = kernel.merge_each(_stacked([before, *states_of(segment, 1)]), chosen)
+        # Not among the others: its gradient waits for that of all segments, and would be a view of all of theirs.
+        far_state = kernel.merge(_part(merged, 0, -1), _stacked([after]))
+        far_state = _with_offset(far_state, offset)
         far, far_log_weight = _read_blocks(kernel, queries, far_state, position, window)
         output = near.lerp(far, torch.sigmoid(far_log_weight + log_factor - near_log_weight))
-        return output.to(query.dtype), befores[-1]
+        # A copy: a view would keep all of the merged states until the backward pass.
+        return output.to(query.dtype), State(*(x[:, :, -1].clone() for x in merged))
 
     # What lies behind each segment and the block that follows it, from the last segment backwards.
+    segments = range(len(text.segments))
     afters, first = [nothing], nothing
-    for segment in reversed(text.segments[1:]):
-        next_first, others = _recomputed(start_of, *segment)
+    for segment in reversed(segments[1:]):
+        next_first, others = _recomputed(start_of, segment)
         afters.append(kernel.merge(kernel.merge(others, first), afters[-1]))
         first = next_first
 
     def outputs() -> Iterator[Tensor]:
         before = nothing
-        for segment, after in zip(text.segments, reversed(afters)):
-            output, before = _recomputed(attend, *segment, before, after)
+        for segment, after in zip(segments, reversed(afters)):
+            output, before = _recomputed(attend, segment, before, after)
             yield output
 
     return _joined(outputs(), query)
@@ -296,12 +339,13 @@ def stream_local(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, radius: int, scale: float
 ) -> Tensor:
     """Attention to the slots at most ``radius`` away; arguments and result as in :func:`stream_near_far`."""
-    text = _Blocks(query, key, value, mask, radius, scale)
+    text = _Blocks(query, key, value, mask, radius)
 
     def attend(start: int, stop: int) -> Tensor:
         queries, _ = text.queries(start, stop)
         keys = text.keys(start - 1, stop + 1)
-        output, _ = attend_near(queries, *keys[:3], radius, text.neighbours(start, stop), radius)
+        neighbours = (start > 0, stop < text.num_blocks)
+        output, _ = attend_near(queries, *keys[:3], radius, neighbours, scale, radius)
         return output.to(query.dtype)
 
     return _joined((_recomputed(attend, *segment) for segment in text.segments), query)
@@ -310,17 +354,15 @@ def stream_local(
 class _Blocks:
     """Texts side by side, cut into blocks of ``window`` slots, the last of which may be shorter.
 
-    What is handed out is in float32 at least, and scaled.
+    What is handed out is in float32 at least.
 
     Attributes:
         num_blocks: How many there are.
         segments: First block, and block after the last, of each segment.
     """
 
-    def __init__(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, window: int, scale: float
-    ) -> None:
-        self.window, self.scale = window, scale
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, window: int) -> None:
+        self.window = window
         self.num_blocks, step = math.ceil(query.shape[2] / window), max(1, _SEGMENT_TOKENS // window)
         self.segments = [(start, min(start + step, self.num_blocks)) for start in range(0, self.num_blocks, step)]
         self.mask = None if mask is None else mask[:, None, :, None]
@@ -330,18 +372,14 @@ class _Blocks:
 
     def queries(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Queries (B, H, t, D) of some blocks, and their positions."""
-        return _scaled(self._take(0, start, stop), self.scale), self._take(3, start, stop)
+        return _upcast(self._take(0, start, stop)), self._take(3, start, stop)
 
     def keys(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """Keys and values (B, H, t, D) of those blocks that there are, their mask or None, and their positions."""
         key, value, position = (self._take(index, start, stop) for index in (1, 2, 3))
         slots = slice(max(start, 0) * self.window, stop * self.window)
         mask = None if self.mask is None else self.mask[:, :, slots]
-        return _scaled(key, self.scale), _upcast(value), mask, position
-
-    def neighbours(self, start: int, stop: int) -> tuple[bool, bool]:
-        """Whether there is a block before ``start``, and one at ``stop``."""
-        return start > 0, stop < self.num_blocks
+        return _upcast(key), _upcast(value), mask, position
 
     def _take(self, index: int, start: int, stop: int) -> Tensor:
         start = max(start, 0)
@@ -351,35 +389,54 @@ class _Blocks:
         return torch.cat(pieces, dim=2) if len(pieces) > 1 else pieces[0]
 
 
+def _in_chunks(kernel: _Exponential | _Sums, x: Tensor, window: int) -> Iterator[tuple[slice, int]]:
+    """Slots and number of some blocks of x (B, H, t, D) at a time; the last block may be shorter."""
+    whole = x.shape[2] // window
+    some = max(1, kernel.chunk(x) // window)
+    for start in range(0, whole, some):
+        stop = min(start + some, whole)
+        yield slice(start * window, stop * window), stop - start
+    if x.shape[2] % window:
+        yield slice(whole * window, None), 1
+
+
 def _fold_blocks(
     kernel: _Exponential | _Sums, key: Tensor, value: Tensor, mask: Tensor | None, position: Tensor, window: int
-) -> list[State]:
-    """The state of each block; the last may be shorter."""
-    count = key.shape[2] // window
+) -> State:
+    """The state of each block, along dim 2."""
     states = []
-    for start, stop, blocks in ((0, count * window, count), (count * window, key.shape[2], 1)):
-        if stop > start:
-            part = slice(start, stop)
-            token_mask = None if mask is None else mask[:, :, part]
-            folded = kernel.fold(key[:, :, part], value[:, :, part], token_mask, position[:, :, part], blocks)
-            states += [State(*parts) for parts in zip(*(x.unbind(2) for x in folded))]
-    return states
+    for part, blocks in _in_chunks(kernel, key, window):
+        token_mask = None if mask is None else mask[:, :, part]
+        states.append(kernel.fold(key[:, :, part], value[:, :, part], token_mask, position[:, :, part], blocks))
+    return _stacked(states)
 
 
 def _read_blocks(
     kernel: _Exponential | _Sums, query: Tensor, states: State, position: Tensor, window: int
 ) -> tuple[Tensor, Tensor]:
     """Outputs (B, H, t, D) of blocks of queries, each of its own state, and the logarithms of the sums of weights."""
-    length = query.shape[2]
-    if length % window:
-        query, position = (F.pad(x, (0, 0, 0, -length % window)) for x in (query, position))
-    outputs = kernel.read(query, states, position, query.shape[2] // window)
-    mean, log_weight = (x.flatten(2, 3)[:, :, :length] for x in outputs)
+    outputs, first = [], 0
+    for part, blocks in _in_chunks(kernel, query, window):
+        state = _part(states, first, first + blocks)
+        output = kernel.read(query[:, :, part], state, position[:, :, part], blocks)
+        outputs.append([x.flatten(2, 3) for x in output])
+        first += blocks
+    mean, log_weight = (torch.cat(parts, dim=2) for parts in zip(*outputs))
     return mean, log_weight
 
 
 def _stacked(states: Sequence[State]) -> State:
-    return State(*(torch.stack(parts, dim=2) for parts in zip(*states)))
+    """States, and such as hold several along dim 2, as one that holds all of them."""
+    parts = zip(*((x if x.ndim == 5 else x.unsqueeze(2) for x in state) for state in states))
+    return State(*(torch.cat(part, dim=2) if len(part) > 1 else part[0] for part in parts))
+
+
+def _part(states: State, start: int, stop: int | None) -> State:
+    return State(*(x[:, :, start:stop] for x in states))
+
+
+def _unbound(states: State) -> list[State]:
+    return [State(*parts) for parts in zip(*(x.unbind(2) for x in states))]
 
 
 def _with_offset(state: State, offset: Tensor | None) -> State:
@@ -392,10 +449,14 @@ def _with_offset(state: State, offset: Tensor | None) -> State:
 def _state_offset(feature_map: FeatureMap, key: Tensor, mask: Tensor | None, scale: float) -> Tensor | None:
     """What is added to the weights of a whole text's state, (B or 1, H, 1, R), or None."""
     # Keys are scaled, a pass over the whole text, only for maps that have such an offset.
-    method = getattr(type(feature_map), "feature_offset", None)
-    if not isinstance(feature_map, ExponentialFeatureMap) or method is ExponentialFeatureMap.feature_offset:
+    if not isinstance(feature_map, ExponentialFeatureMap) or not _has(feature_map, "feature_offset"):
         return None
-    return feature_map.feature_offset(_scaled(key, scale), mask)
+    return feature_map.feature_offset(_upcast(key) * scale**0.5, mask)
+
+
+def _has(feature_map: ExponentialFeatureMap, offset: str) -> bool:
+    """Whether a map defines one of its three offsets: what it is computed from costs a pass over the text."""
+    return getattr(type(feature_map), offset) is not getattr(ExponentialFeatureMap, offset)
 
 
 def _positions(query: Tensor, token_mask: Tensor | None) -> Tensor:
@@ -410,10 +471,6 @@ def _positions(query: Tensor, token_mask: Tensor | None) -> Tensor:
 
 def _upcast(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _scaled(x: Tensor, scale: float) -> Tensor:
-    return _upcast(x) * scale**0.5
 
 
 def _recomputed(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -81,6 +81,9 @@ class Case(NamedTuple):
     seed: int
 
 
+ROUNDINGS = (1.0, 0.7, 0.9, 1.1, 1.3)
+"""Factors on the values, no powers of two: each has them rounded in another way."""
+
 TRAINED = [(True,) * 4, (False, False, False, True), (True, False, False, False), (False, True, True, False)]
 
 
@@ -191,6 +194,9 @@ def compute(
 def check(case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
     """Forward, and the gradients that the case asks for, against the float64 reference on the same rounded inputs.
 
+    A quotient of tiny weights loses digits in any form, and how many is a matter of luck: in float32 a gradient may be
+    off by a multiple of the most that the definition's own gradient is, for values of some sizes.
+
     What a user of a half precision has otherwise is the O(T²) form under autocast: there, the largest of a tensor's
     errors may be a multiple of the largest of the other's, as single entries may be right by luck.
     """
@@ -209,20 +215,24 @@ def check(case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
     assert actual.output.dtype == actual.without_gradients.dtype == dtype
     reference = partial(double.reference, attention_mask=attention_mask)
     exact = compute(reference, [x.double() for x in inputs], double.parameters, case.trained)
+    plain_reference = partial(form.reference, attention_mask=attention_mask)
     tolerance = TOLERANCES[dtype]
     if not half:
         close = partial(assert_close, check_dtype=False)
         for output in (actual.output, actual.without_gradients):
             close(output, exact.output, rtol=tolerance.output, atol=tolerance.output)
-        plain = compute(partial(form.reference, attention_mask=attention_mask), inputs, form.parameters, case.trained)
-        for gradient, definition, expected in zip(actual.gradients, plain.gradients, exact.gradients, strict=True):
-            # A quotient of tiny weights loses digits in any form: here no more than a multiple of what its definition
-            # loses in the same dtype.
-            lost = float((definition.double() - expected).abs().max()) if expected.numel() else 0.0
-            close(gradient, expected, rtol=tolerance.gradient, atol=max(tolerance.gradient, 3 * lost))
+        lost = [0.0] * len(exact.gradients)
+        for factor in ROUNDINGS if dtype == torch.float32 else ():
+            value = [*inputs[:2], inputs[2] * factor, inputs[3]]
+            rounded = compute(plain_reference, value, form.parameters, case.trained)
+            right = compute(reference, [x.double() for x in value], double.parameters, case.trained)
+            for index, (ours, theirs) in enumerate(zip(rounded.gradients, right.gradients)):
+                error = float((ours.double() - theirs).abs().max()) if ours.numel() else 0.0
+                lost[index] = max(lost[index], error)
+        for gradient, expected, definition in zip(actual.gradients, exact.gradients, lost, strict=True):
+            close(gradient, expected, rtol=tolerance.gradient, atol=max(tolerance.gradient, 3 * definition))
         return
-    reference = partial(form.reference, attention_mask=attention_mask)
-    plain = compute(reference, inputs, form.parameters, case.trained, autocast=dtype)
+    plain = compute(plain_reference, inputs, form.parameters, case.trained, autocast=dtype)
 
     def assert_error_within(kind: str, actual: Tensor, plain: Tensor, exact: Tensor) -> None:
         multiple = getattr(tolerance, kind)
@@ -260,7 +270,7 @@ TINY_WEIGHTS = Case(
     num_features=2,
     shape=(2, 1, 1, 3),
     size=1,
-    scale=0.30078125,
+    scale=0.29746153808163817,
     lengths=[0, 0],
     padding="none",
     poison=0.0,
@@ -275,6 +285,7 @@ TINY_WEIGHTS = Case(
 
 
 @example(case=TINY_WEIGHTS)
+@example(case=TINY_WEIGHTS._replace(scale=0.30078125))
 @draws(600)
 def test_equals_the_reference_in_float32(case: Case) -> None:
     check(case, torch.float32)
