@@ -266,9 +266,9 @@ def _far_weights(query: Tensor, key: Tensor, mask: Tensor | None, feature_map: F
     query_logits, key_logits = feature_map.query_logits(query), feature_map.key_logits(key)
     if (offset := feature_map.query_offset(query)) is not None:
         query_logits = query_logits + offset
-    for offset in (feature_map.key_offset(key), feature_map.feature_offset(key, mask)):
+    for offset in (feature_map.key_offset(key), feature_map.feature_bias(), feature_map.feature_offset(key, mask)):
         if offset is not None:
-            key_logits = key_logits + offset
+            key_logits = key_logits + offset.to(key.dtype)
     # What is taken out before the exponentials is put back after them: a factor may underflow, their product may not.
     if mask is not None:
         key_logits = key_logits.masked_fill(~mask[:, None, :, None], -math.inf)

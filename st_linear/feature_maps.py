@@ -191,8 +191,12 @@ class ExponentialFeatureMap(FeatureMap):
         """What a key adds to all its logits, (B, H, T, 1) or None."""
         return None
 
+    def feature_bias(self) -> Tensor | None:
+        """What a feature adds to its logit in every text, queries' and keys' together: (H, 1, R) or None."""
+        return None
+
     def feature_offset(self, key: Tensor, mask: Tensor | None) -> Tensor | None:
-        """What a feature adds to its logit in all of a text, queries' and keys' together.
+        """What a feature adds to its logit in all of one text, because of its keys.
 
         Args:
             key: (B, H, T, D), all keys of the texts.
@@ -367,9 +371,9 @@ class Hedgehog(ExponentialFeatureMap):
         query, key = (torch.cat([x.weight, -x.weight], dim=1) for x in (self.query_projection, self.key_projection))
         return query, key
 
-    def feature_offset(self, key: Tensor, mask: Tensor | None) -> Tensor:
+    def feature_bias(self) -> Tensor:
         bias = self.query_projection.bias + self.key_projection.bias
-        return torch.cat([bias, -bias], dim=-1)[None].to(key.dtype)
+        return torch.cat([bias, -bias], dim=-1)
 
 
 @register_feature_map("t2r")

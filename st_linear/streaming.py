@@ -448,14 +448,17 @@ def _with_offset(state: State, offset: Tensor | None) -> State:
 
 def _state_offset(feature_map: FeatureMap, key: Tensor, mask: Tensor | None, scale: float) -> Tensor | None:
     """What is added to the weights of a whole text's state, (B or 1, H, 1, R), or None."""
-    # Keys are scaled, a pass over the whole text, only for maps that have such an offset.
-    if not isinstance(feature_map, ExponentialFeatureMap) or not _has(feature_map, "feature_offset"):
+    if not isinstance(feature_map, ExponentialFeatureMap):
         return None
-    return feature_map.feature_offset(_upcast(key) * scale**0.5, mask)
+    bias = feature_map.feature_bias()
+    if not _has(feature_map, "feature_offset"):
+        return None if bias is None else _upcast(bias)[None]
+    offset = feature_map.feature_offset(_upcast(key) * scale**0.5, mask)
+    return offset if bias is None or offset is None else offset + bias
 
 
 def _has(feature_map: ExponentialFeatureMap, offset: str) -> bool:
-    """Whether a map defines one of its three offsets: what it is computed from costs a pass over the text."""
+    """Whether a map defines an offset that depends on tokens: what it is computed from costs a pass over the text."""
     return getattr(type(feature_map), offset) is not getattr(ExponentialFeatureMap, offset)
 
 

@@ -119,10 +119,16 @@ def features(feature_map: FeatureMap, query: Tensor, key: Tensor, position: Tens
     if not isinstance(feature_map, ExponentialFeatureMap):
         return feature_map.query_features(query, position), feature_map.key_features(key, position)
     query_logits, key_logits = feature_map.query_logits(query), feature_map.key_logits(key)
-    feature_offset = feature_map.feature_offset(key, None)
-    offsets = feature_map.query_offset(query), feature_map.key_offset(key), feature_offset
-    query_offset, key_offset, feature_offset = (0 if offset is None else offset for offset in offsets)
-    return (query_logits + query_offset).exp(), (key_logits + key_offset + feature_offset).exp()
+    of_query, of_key = offsets_of(feature_map, query, key)
+    return (query_logits + of_query).exp(), (key_logits + of_key).exp()
+
+
+def offsets_of(feature_map: ExponentialFeatureMap, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """What is added to the logits of queries and of keys, all of them tokens."""
+    offsets = [feature_map.query_offset(query), feature_map.key_offset(key)]
+    offsets += [feature_map.feature_bias(), feature_map.feature_offset(key, None)]
+    of_query, *of_key = (query.new_zeros(()) if offset is None else offset for offset in offsets)
+    return of_query, sum(of_key)
 
 
 def assert_runs_close(actual: Run, expected: Run, tolerance: Tolerance) -> None:

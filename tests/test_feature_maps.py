@@ -46,9 +46,10 @@ def features(feature_map: FeatureMap, query: Tensor, key: Tensor, mask: Tensor |
     if not isinstance(feature_map, ExponentialFeatureMap):
         return feature_map.query_features(query, position), feature_map.key_features(key, position)
     query_logits, key_logits = feature_map.query_logits(query), feature_map.key_logits(key)
-    offsets = feature_map.query_offset(query), feature_map.key_offset(key), feature_map.feature_offset(key, mask)
-    query_offset, key_offset, feature_offset = (0 if offset is None else offset for offset in offsets)
-    return (query_logits + query_offset).exp(), (key_logits + key_offset + feature_offset).exp()
+    offsets = [feature_map.query_offset(query), feature_map.key_offset(key)]
+    offsets += [feature_map.feature_bias(), feature_map.feature_offset(key, mask)]
+    of_query, *of_key = (torch.zeros(()) if offset is None else offset.to(query.dtype) for offset in offsets)
+    return (query_logits + of_query).exp(), (key_logits + sum(of_key)).exp()
 
 
 def weights(feature_map: FeatureMap, query: Tensor, key: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -121,6 +122,8 @@ class TestEveryMap:
             offset = feature_map.feature_offset(key, mask)
             assert offset is None or offset.expand(B, -1, -1, -1).shape == (B, H, 1, feature_map.num_features)
             assert offset is None or offset.dtype == dtype
+            bias = feature_map.feature_bias()
+            assert bias is None or bias.shape == (H, 1, feature_map.num_features)
 
     def test_a_part_of_a_text_has_the_features_that_it_has_in_the_whole(self, name: str) -> None:
         feature_map = make_feature_map(name, H, D)

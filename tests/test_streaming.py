@@ -12,7 +12,19 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from test_attention import FORMS, MAPS, TOLERANCES, Form, assert_finite, features, make_form, make_inputs, randn, run
+from test_attention import (
+    FORMS,
+    MAPS,
+    TOLERANCES,
+    Form,
+    assert_finite,
+    features,
+    make_form,
+    make_inputs,
+    offsets_of,
+    randn,
+    run,
+)
 from torch import Tensor
 from torch.autograd import gradcheck
 from torch.profiler import ProfilerActivity, profile
@@ -416,10 +428,9 @@ def log_space_reference(name: str, form: Form, query: Tensor, key: Tensor, value
         return near_logits.masked_fill(~near, -math.inf).softmax(dim=-1) @ value
     feature_map = form.options["feature_map"]
     if isinstance(feature_map, ExponentialFeatureMap):
-        offsets = feature_map.query_offset(query), feature_map.key_offset(key), feature_map.feature_offset(key, None)
-        query_offset, key_offset, feature_offset = (0 if offset is None else offset for offset in offsets)
-        query_logits = feature_map.query_logits(query) + query_offset
-        key_logits = feature_map.key_logits(key) + key_offset + feature_offset
+        of_query, of_key = offsets_of(feature_map, query, key)
+        query_logits = feature_map.query_logits(query) + of_query
+        key_logits = feature_map.key_logits(key) + of_key
         log_weights = (query_logits[..., :, None, :] + key_logits[..., None, :, :]).logsumexp(dim=-1)
     else:
         phi_q, phi_k = features(feature_map, query, key, index[:, None].double() / len(index))

@@ -151,7 +151,7 @@ def plain_linear_attention(query: Tensor, key: Tensor, value: Tensor, *, feature
     if isinstance(feature_map, ExponentialFeatureMap):
         # As performer-pytorch does it: the largest logit is taken out, of each query, and of all keys of a head.
         query_logits, key_logits = feature_map.query_logits(query), feature_map.key_logits(key)
-        for offset in (feature_map.key_offset(key), feature_map.feature_offset(key, None)):
+        for offset in (feature_map.key_offset(key), feature_map.feature_bias(), feature_map.feature_offset(key, None)):
             if offset is not None:
                 key_logits = key_logits + offset
         phi_q = (query_logits - query_logits.detach().amax(dim=-1, keepdim=True)).exp()
