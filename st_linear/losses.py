@@ -21,6 +21,7 @@ Head = Literal["cosine", "dse"]
 Objective = Literal["mse", "cosent"]
 TeacherActivation = Literal["sigmoid", "identity"]
 Train = Literal["maps", "all"]
+Target = Literal["attention", "hidden"]
 
 TEACHER_ACTIVATIONS: dict[str, nn.Module] = {"sigmoid": nn.Sigmoid(), "identity": nn.Identity()}
 """What is applied to a teacher's logit to make its score; a sigmoid squashes scores into 0–1."""
@@ -233,21 +234,27 @@ class DistillationLoss(nn.Module):
 class AttentionTransferLoss(nn.Module):
     """Brings linear attention close to the softmax attention it replaces, on plain texts without labels.
 
-    The mean over layers of ``|linear - softmax|² / Var(softmax)``. With ``train="maps"`` the frozen encoder runs once
-    with softmax attention, each layer's linear attention is tried on the same q, k, v, and gradients reach the feature
-    maps and gains alone: what they learn is an adapter. With ``train="all"`` the whole linear encoder learns to give
-    the hidden states of a frozen softmax copy of it, taken when the loss is built. Dropout is off in both.
+    The mean over layers of ``|linear - softmax|² / Var(softmax)``, plus ``pooled · (1 - cos)`` of the embeddings. With
+    ``train="maps"`` gradients reach the feature maps and gains alone: what they learn is an adapter. With
+    ``train="all"`` the whole linear encoder learns, from a frozen softmax copy of it, taken when the loss is built.
+    Dropout is off in both.
 
     Args:
         model: A SentenceTransformer whose first module is a :class:`~st_linear.transformer.LinearTransformer`.
             ``train="maps"`` freezes the rest of it; ``model.requires_grad_(True)`` afterwards undoes that.
         train: ``"maps"`` or ``"all"``.
+        target: ``"attention"``: the encoder runs once, with softmax attention, and each layer's linear attention is
+            tried on the same q, k, v. For ``train="maps"`` alone, and its default. ``"hidden"``: the hidden states of
+            the linear encoder are set against those of the softmax one, so that layers learn to make good the errors
+            of those before them. Takes about twice as long.
+        pooled: Weight of the embeddings' cosine, with ``target="hidden"``.
 
     Inputs:
         Any number of text columns; labels are not read.
 
     Raises:
-        ValueError: If the model has no converted layer, or with ``train="maps"`` nothing to train.
+        ValueError: If the model has no converted layer, or with ``train="maps"`` nothing to train, or the target does
+            not fit.
 
     References:
         - The Hedgehog & the Porcupine: https://arxiv.org/abs/2402.04347 (attention transfer, there of weights)
@@ -264,17 +271,36 @@ class AttentionTransferLoss(nn.Module):
             SentenceTransformerTrainer(model=model, train_dataset=train, loss=loss).train()
     """
 
-    def __init__(self, model: SentenceTransformer, *, train: Train = "maps") -> None:
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        *,
+        train: Train = "maps",
+        target: Target | None = None,
+        pooled: float = 0.0,
+    ) -> None:
         super().__init__()
         check_choice("train", train, Train)
+        target = ("attention" if train == "maps" else "hidden") if target is None else target
+        check_choice("target", target, Target)
+        if target == "attention" and train == "all":
+            raise ValueError(
+                "target='attention' compares layers on the q, k, v of a frozen encoder: pass train='maps'"
+            )
+        if target == "attention" and pooled:
+            raise ValueError(f"target='attention' never pools the linear encoder, got pooled={pooled}")
         encoder = model[0] if len(model) else None
         if not isinstance(encoder, LinearTransformer) or not linear_attentions(encoder.model):
             raise ValueError("AttentionTransferLoss needs a model with linear attention: call st_linear.convert first")
         self.model = model
         self.train_parameters = train
+        self.target = target
+        self.pooled = pooled
+        # In a tuple they are no submodules, and so no parameters, of the loss.
+        self._student = (model,)
         self._encoder = (encoder,)
+        self._maps = tuple(p for module in linear_attentions(encoder.model).values() for p in module.parameters())
         if train == "maps":
-            self._maps = tuple(p for module in linear_attentions(encoder.model).values() for p in module.parameters())
             if not self._maps:
                 raise ValueError(
                     f"feature_map={encoder.feature_map!r} with window=0 has nothing to train; choose a learned map "
@@ -283,17 +309,17 @@ class AttentionTransferLoss(nn.Module):
             model.requires_grad_(False)
             for parameter in self._maps:
                 parameter.requires_grad_(True)
-            self._reference: tuple[Any, ...] = ()
+            # With softmax attention the frozen encoder is its own reference.
+            self._reference: tuple[Any, ...] = (encoder.model,)
         else:
             self._reference = (copy.deepcopy(encoder.model).requires_grad_(False).eval(),)
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
-        step = self._maps_errors if self.train_parameters == "maps" else self._hidden_state_errors
+        step = self._attention_error if self.target == "attention" else self._hidden_state_error
         with _without_dropout(self.model):
-            errors = [error for features in sentence_features for error in step(features)]
-        return torch.stack(errors).mean()
+            return torch.stack([step(features) for features in sentence_features]).mean()
 
-    def _maps_errors(self, features: dict[str, Tensor]) -> list[Tensor]:
+    def _attention_error(self, features: dict[str, Tensor]) -> Tensor:
         errors = []
 
         def compare(call: AttentionCall) -> Tensor:
@@ -303,30 +329,40 @@ class AttentionTransferLoss(nn.Module):
             return target
 
         def add_errors(module: nn.Module, arguments: Any, output: dict[str, Any]) -> dict[str, Any]:
-            # Where every text fits in the window no map was used: their gradients are zero, not missing.
-            errors[0] = errors[0] + 0 * torch.stack([parameter.sum() for parameter in self._maps]).sum()
+            errors[0] = errors[0] + self._no_gradient()
             return {**output, "attention_errors": errors}
 
         # Distributed training takes for unused what no output of the model depends on.
         with observe_attention(compare), self._encoder[0].register_forward_hook(add_errors):
             self.model(features)
-        return errors
+        return torch.stack(errors).mean()
 
-    def _hidden_state_errors(self, features: dict[str, Tensor]) -> list[Tensor]:
+    def _hidden_state_error(self, features: dict[str, Tensor]) -> Tensor:
         encoder, reference = self._encoder[0], self._reference[0].to(self._encoder[0].model.device)
         mask = None if "cu_seq_lens_q" in features else features["attention_mask"]
         with _hidden_states(encoder.model), _hidden_states(reference):
-            student = self.model(features)["all_layer_embeddings"]
+            student = self.model(features)
             model, encoder.model = encoder.model, reference
             try:
                 with torch.no_grad(), observe_attention(AttentionCall.softmax):
-                    target = encoder(features)["all_layer_embeddings"]
+                    target = self._student[0](features)
             finally:
                 encoder.model = model
-        return [_relative_error(s, t, mask, token_dim=1) for s, t in zip(student[1:], target[1:])]
+        states = (x["all_layer_embeddings"][1:] for x in (student, target))
+        error = torch.stack([_relative_error(s, t, mask, token_dim=1) for s, t in zip(*states)]).mean()
+        if self.pooled:
+            u, v = (x["sentence_embedding"].float() for x in (student, target))
+            error = error + self.pooled * (1 - F.cosine_similarity(u, v)).mean()
+        return error + self._no_gradient()
+
+    def _no_gradient(self) -> Tensor:
+        """Nought. Where every text fits in the window no map was used: its gradient is zero then, not missing."""
+        return 0 * sum(
+            (parameter.sum() for parameter in self._maps), start=torch.zeros((), device=self._student[0].device)
+        )
 
     def get_config_dict(self) -> dict[str, Any]:
-        return {"train": self.train_parameters}
+        return {"train": self.train_parameters, "target": self.target, "pooled": self.pooled}
 
 
 def _relative_error(output: Tensor, target: Tensor, mask: Tensor | None, token_dim: int) -> Tensor:

@@ -25,7 +25,7 @@ from st_linear.feature_maps import (
 MAPS = [name for name in feature_map_names() if name != "softmax"]
 RANDOM = [name for name in MAPS if issubclass(feature_map_class(name), RandomFeatures)]
 EXPONENTIAL = [name for name in MAPS if issubclass(feature_map_class(name), ExponentialFeatureMap)]
-LEARNED = [name for name in MAPS if list(make_feature_map(name, 2, 4).parameters())]
+PROJECTED = [name for name in MAPS if hasattr(make_feature_map(name, 2, 4), "query_projection")]
 
 B, H, T, D = 2, 3, 7, 4
 
@@ -314,6 +314,8 @@ KERNELS: dict[str, Callable[[FeatureMap, Tensor, Tensor], Tensor]] = {
     "relu": lambda _, q, k: F.relu(q) @ F.relu(k).transpose(-1, -2) / D,
     "favor": favor_kernel,
     "favor_relu": favor_relu_kernel,
+    # At its start it is FAVOR+, from the same draw.
+    "learned_favor": lambda m, q, k: favor_kernel(make_feature_map("favor", H, D, num_features=m.num_features), q, k),
     # At their start W is the identity and b zero; cosh is the mean of the two signs.
     "hedgehog": lambda _, q, k: pairwise_sum(q, k).cosh().mean(dim=-1),
     "t2r": lambda _, q, k: F.relu(q) @ F.relu(k).transpose(-1, -2) / D,
@@ -328,6 +330,75 @@ def test_kernel_is_the_papers(name: str) -> None:
     feature_map = make_feature_map(name, H, D)
     query, key = queries_and_keys()
     assert_close(weights(feature_map, query, key), KERNELS[name](feature_map, query, key))
+
+
+def test_learned_favor_is_exponentials_of_quadratic_forms() -> None:
+    feature_map = make_feature_map("learned_favor", H, D, num_features=6).double()
+    with torch.no_grad():
+        for seed, parameter in enumerate(feature_map.parameters()):
+            parameter += randn(*parameter.shape, seed=seed) / 4
+    learned = dict(feature_map.named_parameters())
+    query, key = queries_and_keys()
+    phi_q, phi_k = (
+        torch.exp(torch.einsum("hrd,bhid->bhir", learned[f"{side}_weight"], x) - learned[f"{side}_norm"] * norm(x))
+        for side, x in (("query", query), ("key", key))
+    )
+    expected = (phi_q * learned["bias"].exp()) @ phi_k.transpose(-1, -2) / 6
+    assert_close(weights(feature_map, query, key), expected)
+
+
+class TestCalibration:
+    """Queries and keys with means of their own, as encoders have them: FAVOR+'s rows miss what they add up to."""
+
+    @staticmethod
+    def inputs() -> tuple[Tensor, Tensor]:
+        query, key = (0.7 * randn(2, H, 64, D, seed=seed) for seed in (1, 2))
+        return query + 1.2, key + 0.8
+
+    @pytest.mark.parametrize("window", [0, 4])
+    @torch.no_grad()
+    def test_estimates_are_better_and_as_unbiased(self, window: int) -> None:
+        query, key = self.inputs()
+        exact = query @ key.transpose(-1, -2)
+        errors, means = {}, {}
+        for start in ("favor", "calibrated"):
+            estimates = []
+            for seed in range(20):
+                feature_map = make_feature_map("learned_favor", H, D, seed=seed, num_features=64).double()
+                if start == "calibrated":
+                    generator = torch.Generator().manual_seed(seed)
+                    feature_map.calibrate(query, key, window=window, generator=generator)
+                estimates.append(weights(feature_map, query, key) / exact.exp())
+            ratio = torch.stack(estimates)
+            errors[start] = float(ratio.log().abs().median())
+            means[start] = float(ratio.mean(dim=0).median())
+        assert errors["calibrated"] < errors["favor"] / 2
+        assert abs(means["calibrated"] - 1) < 0.1
+
+    def test_is_a_function_of_the_generator_alone(self) -> None:
+        made = []
+        for seed in (3, 3, 4):
+            feature_map = make_feature_map("learned_favor", H, D)
+            feature_map.calibrate(*self.inputs(), window=4, generator=torch.Generator().manual_seed(seed))
+            made.append(feature_map.get_parameter("query_weight").detach())
+        assert_close(made[0], made[1], rtol=0, atol=0)
+        assert (made[0] != made[2]).any()
+
+    def test_texts_without_far_tokens_are_refused(self) -> None:
+        feature_map = make_feature_map("learned_favor", H, D)
+        with pytest.raises(ValueError, match=r"^window=22 leaves some of 64 tokens no far token: pass longer texts$"):
+            feature_map.calibrate(*self.inputs(), window=22, generator=torch.Generator())
+
+    @pytest.mark.parametrize("name", ["favor", "elu", "hedgehog"])
+    def test_other_maps_start_as_they_are(self, name: str) -> None:
+        feature_map = make_feature_map(name, H, D)
+        before = {key: value.clone() for key, value in feature_map.state_dict().items()}
+        feature_map.calibrate(*self.inputs(), window=4, generator=torch.Generator())
+        assert_close(feature_map.state_dict(), before, rtol=0, atol=0)
+
+
+def norm(x: Tensor) -> Tensor:
+    return x.square().sum(dim=-1, keepdim=True)
 
 
 def test_hedgehog_is_exponentials_of_both_signs_of_two_affine_maps() -> None:
@@ -403,7 +474,7 @@ def test_logits_must_be_given_in_one_way_or_the_other() -> None:
             logits(queries_and_keys()[0])
 
 
-@pytest.mark.parametrize("name", LEARNED)
+@pytest.mark.parametrize("name", PROJECTED)
 @pytest.mark.parametrize("rows", [D - 2, D, D + 3], ids=["fewer", "square", "more"])
 def test_learned_projections_start_as_the_identity(name: str, rows: int) -> None:
     feature_map = make_feature_map(name, H, D, seed=7, num_features=2 * rows if name == "hedgehog" else rows)
@@ -418,7 +489,7 @@ def test_learned_projections_start_as_the_identity(name: str, rows: int) -> None
         assert_close(bias, torch.zeros(H, 1, rows), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", LEARNED)
+@pytest.mark.parametrize("name", PROJECTED)
 def test_learned_projections_differ_by_head_and_side(name: str) -> None:
     feature_map = make_feature_map(name, H, D)
     x = randn(1, 1, 1, D).expand(B, H, T, D)

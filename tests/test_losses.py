@@ -15,6 +15,7 @@ from sentence_transformers.sentence_transformer.losses import CoSENTLoss, Cosine
 from sentence_transformers.sentence_transformer.modules import Pooling
 from tokenizers import normalizers
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.testing import assert_close
 from transformers import AutoModel, BertForSequenceClassification
 
@@ -575,6 +576,59 @@ class TestTransferOfMaps:
         assert_close(model.encode(texts, convert_to_tensor=True), before)
 
 
+class TestTransferOfMapsToHiddenStates:
+    @staticmethod
+    def by_hand(model: SentenceTransformer, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """The mean relative error of the hidden states, and the mean distance of the embeddings, of texts one by one."""
+        original = convert(model, feature_map="softmax", max_seq_length=model.max_seq_length)
+        rows = []
+        for text in texts:
+            ids = model.tokenizer(text, return_tensors="pt")["input_ids"][0]
+            rows.append((hidden_states(model[0].model, ids), hidden_states(original[0].model, ids)))
+        layers = range(len(rows[0][0]))
+        errors = [relative_error([s[layer] for s, _ in rows], [t[layer] for _, t in rows]) for layer in layers]
+        vectors = [x.encode(texts, convert_to_tensor=True) for x in (model, original)]
+        return torch.stack(errors).mean(), (1 - F.cosine_similarity(*vectors)).mean()
+
+    @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+    @pytest.mark.parametrize("pooled", [0.0, 3.0])
+    def test_value(self, bert: str, texts: list[str], packed: bool, pooled: float) -> None:
+        model = learner(bert).eval()
+        hidden, distance = self.by_hand(model, texts)
+        assert min(hidden, distance) > 1e-4
+        loss = AttentionTransferLoss(model, target="hidden", pooled=pooled)
+        with packing(model, packed):
+            assert_close(loss([model.preprocess(texts)]), hidden + pooled * distance, rtol=1e-3, atol=0)
+
+    def test_maps_alone_learn_it(self, bert: str, texts: list[str]) -> None:
+        model = learner(bert)
+        loss = AttentionTransferLoss(model, target="hidden", pooled=1.0)
+        before, columns = copy.deepcopy(model.state_dict()), [model.preprocess(texts)]
+        first = loss(columns).item()
+        train_steps(loss, columns, steps=20, rate=1e-2)
+        assert loss(columns).item() < 0.8 * first
+        moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+        assert moved == {name for name in before if ".linear_attention." in name}
+
+    def test_texts_inside_the_window_give_zero_gradients(self, bert: str, text: Callable[..., str]) -> None:
+        model = learner(bert)
+        loss = AttentionTransferLoss(model, target="hidden", pooled=1.0)
+        loss([model.preprocess([text(16), text(3)])]).backward()
+        assert all(p.grad.abs().max() < 1e-6 for p in model.parameters() if p.requires_grad)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"target": "weights"}, "unknown target 'weights'; choose one of: attention, hidden"),
+            ({"target": "attention", "train": "all"}, "target='attention' compares layers"),
+            ({"pooled": 1.0}, "target='attention' never pools the linear encoder, got pooled=1.0"),
+        ],
+    )
+    def test_what_does_not_fit_is_refused(self, bert: str, options: dict[str, Any], message: str) -> None:
+        with refused(message):
+            AttentionTransferLoss(learner(bert), **options)
+
+
 class TestTransferOfAll:
     @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
     def test_it_is_the_mean_relative_error_of_the_hidden_states(
@@ -724,7 +778,9 @@ class TestTransfer:
         assert any(p.grad.abs().max() > 0 for p in maps)
 
     def test_model_cards_are_told_the_setting(self, bert: str, train: Any) -> None:
-        assert AttentionTransferLoss(learner(bert), train=train).get_config_dict() == {"train": train}
+        target = "attention" if train == "maps" else "hidden"
+        config = AttentionTransferLoss(learner(bert), train=train).get_config_dict()
+        assert config == {"train": train, "target": target, "pooled": 0.0}
 
     def test_a_model_without_linear_attention_is_refused(self, bert: str, train: Any) -> None:
         message = "AttentionTransferLoss needs a model with linear attention: call st_linear.convert first"

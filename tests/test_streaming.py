@@ -53,7 +53,7 @@ KINDS = {
     "linear": (linear_attention, linear_attention_reference),
     "near_far": (near_far_attention, near_far_attention_reference),
 }
-SIZED = ("favor", "favor_relu", "hedgehog", "t2r")
+SIZED = ("favor", "favor_relu", "learned_favor", "hedgehog", "t2r")
 """Maps with the option ``num_features``."""
 
 
