@@ -579,7 +579,7 @@ class TestTransferOfMaps:
 class TestTransferOfMapsToHiddenStates:
     @staticmethod
     def by_hand(model: SentenceTransformer, texts: list[str]) -> tuple[Tensor, Tensor]:
-        """The mean relative error of the hidden states, and the mean distance of the embeddings, of texts one by one."""
+        """The mean relative error of the hidden states, and the mean distance of the embeddings, text by text."""
         original = convert(model, feature_map="softmax", max_seq_length=model.max_seq_length)
         rows = []
         for text in texts:
