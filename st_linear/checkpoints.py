@@ -39,9 +39,9 @@ def hub_out_of_reach(repo_id: str, *, revision: str | None = None, token: str | 
     return False
 
 
-def read_json_file(path: str, filename: str, **hub_kwargs: Any) -> Any:
+def read_json_file(path: str, filename: str, subfolder: str = "", **hub_kwargs: Any) -> Any:
     """Contents of a JSON file of a model, None where there is no such file."""
-    file = load_file_path(path, filename, **hub_kwargs)
+    file = load_file_path(path, filename, subfolder, **hub_kwargs)
     if file is None:
         return None
     try:

@@ -20,6 +20,8 @@ from sentence_transformers.util import load_file_path
 from torch import Tensor
 from transformers import DataCollatorWithFlattening, PreTrainedModel
 
+from st_linear.adapters import CONFIG_NAME, NO_ADAPTER, WEIGHTS_NAME, Adapter, bundled_adapter_for, describe
+from st_linear.adapters import SETTINGS as ADAPTER_SETTINGS
 from st_linear.checkpoints import (
     hub_kwargs_of,
     one_line_if_missing,
@@ -46,11 +48,12 @@ from st_linear.positions import (
     rescaled_positions,
     trained_positions,
 )
+from st_linear.records import atomic_path, write_json
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS_NAME = "linear_attention.safetensors"
-"""File of a saved model that holds what linear attention adds to the plain transformers checkpoint."""
+_DEFAULTS: dict[str, Any] = {"feature_map": "favor", "window": 64, "exact_layers": ()}
+"""What is taken where neither the caller nor an adapter says anything."""
 
 _PACKING_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
@@ -64,21 +67,23 @@ class LinearTransformer(Transformer):
     Args:
         model_name_or_path: Hub id or folder of a bidirectional encoder, as for ``Transformer``.
         feature_map: Kernel of the linear part, one of :func:`~st_linear.feature_maps.feature_map_names`;
-            ``"softmax"`` keeps exact attention, the control of every comparison.
+            ``"softmax"`` keeps exact attention, the control of every comparison. That of the adapter by default, or
+            ``"favor"`` without one.
         feature_map_kwargs: Options of the map, JSON values, e.g. ``{"num_features": 128}``.
-        window: Near window in tokens; 0 = purely linear.
-        exact_layers: Layers that keep softmax attention, counted from 0.
+        window: Near window in tokens; 0 = purely linear. That of the adapter by default, or 64 without one.
+        exact_layers: Layers that keep softmax attention, counted from 0. None by default.
         max_seq_length: Texts are cut at this many tokens, with one warning that counts them.
         position_extension: How positions grow beyond the trained ones: ``"tile"`` leaves texts within the old limit
             unchanged, ``"interpolate"`` stretches all, ``"none"`` adds none.
-        adapter: Folder or hub id of a trained conversion of this model with the same settings; its
-            ``linear_attention.safetensors`` is loaded.
+        adapter: A trained conversion of this very encoder: folder, hub id, or the name of a bundled one
+            (:func:`~st_linear.adapters.bundled_adapters`). By default the bundled one, if there is one that agrees
+            with the settings given; ``"none"`` leaves the conversion untrained.
         seed: Random features are a function of it.
         **kwargs: ``model_kwargs``, ``processor_kwargs``, ``config_kwargs`` … exactly as ``Transformer``.
 
     Raises:
-        ValueError: If an argument is out of range, or the encoder can't be converted; see
-            :func:`~st_linear.conversion.linearise`.
+        ValueError: If an argument is out of range, the encoder can't be converted (see
+            :func:`~st_linear.conversion.linearise`), or the adapter is another encoder's or has other settings.
 
     Relations:
         - :func:`~st_linear.models.convert` does the same to a whole ``SentenceTransformer``, whose pooling stays.
@@ -90,10 +95,13 @@ class LinearTransformer(Transformer):
             from sentence_transformers.sentence_transformer.modules import Pooling
             from st_linear import LinearTransformer
 
-            encoder = LinearTransformer("sentence-transformers/all-MiniLM-L6-v2", feature_map="favor", window=64)
+            encoder = LinearTransformer("sentence-transformers/all-MiniLM-L6-v2")
             model = SentenceTransformer(modules=[encoder, Pooling(encoder.get_embedding_dimension(), "mean")])
             model.encode("A text of up to 8,192 tokens.")
     """
+
+    training_record: dict[str, Any]
+    """How the linear attention was trained, as its adapter records it; empty where it was not."""
 
     config_keys: list[str] = [
         *Transformer.config_keys,
@@ -110,10 +118,10 @@ class LinearTransformer(Transformer):
         self,
         model_name_or_path: str,
         *,
-        feature_map: str = "favor",
+        feature_map: str | None = None,
         feature_map_kwargs: dict[str, Any] | None = None,
-        window: int = 64,
-        exact_layers: Sequence[int] = (),
+        window: int | None = None,
+        exact_layers: Sequence[int] | None = None,
         max_seq_length: int | None = 8192,
         position_extension: PositionExtension = "tile",
         adapter: str | None = None,
@@ -145,9 +153,7 @@ class LinearTransformer(Transformer):
         if missing:
             raise ValueError(f"{model_name_or_path} lacks weights of the encoder: {some_of(missing)}")
         self._base = (str(model_name_or_path), hub_kwargs_of(kwargs.get("model_kwargs")))
-        self._linearise(**settings)
-        if adapter is not None:
-            self._load_linear_weights(adapter)
+        self._convert(adapter, **settings)
 
     @classmethod
     def from_transformer(cls, transformer: Transformer, **settings: Any) -> LinearTransformer:
@@ -169,10 +175,25 @@ class LinearTransformer(Transformer):
             logger.warning("The model was converted before: what its feature maps have learned is not carried over.")
         module = cls.__new__(cls)
         module.__dict__ = copy.deepcopy(transformer).__dict__
-        module._linearise(**settings)
-        if adapter is not None:
-            module._load_linear_weights(adapter)
+        module._convert(adapter, **settings)
         return module
+
+    def _convert(self, source: str | None, **settings: Any) -> None:
+        """Take what the settings leave open from an adapter, if there is one, and convert the encoder."""
+        given = {name: settings[name] for name in ADAPTER_SETTINGS}
+        adapter = None
+        if source is None:
+            adapter = bundled_adapter_for(self.model, given)
+        elif source != NO_ADAPTER:
+            adapter = Adapter.load(source)
+            adapter.refuse_other_base(self.model)
+        if adapter is not None:
+            settings |= adapter.settings_with(given)
+            logger.info("Linear attention as trained in adapter %s", adapter.source)
+        self._linearise(**_with_defaults(settings))
+        if adapter is not None:
+            self._load_linear_weights(adapter.weights)
+            self.training_record = adapter.training
 
     def _linearise(
         self,
@@ -192,6 +213,7 @@ class LinearTransformer(Transformer):
         self.position_extension = position_extension
         self.seed = seed
         self.num_truncated = 0
+        self.training_record = {}
         linearise(
             self.model,
             feature_map=feature_map,
@@ -332,9 +354,11 @@ class LinearTransformer(Transformer):
         self.model.save_pretrained(output_path, state_dict=plain)
         self.processor.save_pretrained(output_path)
         added = {name: tensor.contiguous() for name, tensor in added.items()}
-        temporary = os.path.join(output_path, f".{WEIGHTS_NAME}.tmp")
-        save_file(added, temporary, metadata={"format": "pt", **self._kernel_settings()})
-        os.replace(temporary, os.path.join(output_path, WEIGHTS_NAME))
+        with atomic_path(os.path.join(output_path, WEIGHTS_NAME)) as temporary:
+            save_file(added, temporary, metadata={"format": "pt", **self._kernel_settings()})
+        base = {"name": self.config._name_or_path, "revision": getattr(self.config, "_commit_hash", None)}
+        config = describe(self.model, self.get_config_dict(), base, self.training_record)
+        write_json(os.path.join(output_path, CONFIG_NAME), config)
         self.save_config(output_path)
 
     @classmethod
@@ -345,21 +369,23 @@ class LinearTransformer(Transformer):
             ValueError: If a tensor is missing, left over or misshapen, or a file is damaged.
         """
         subfolder = kwargs.get("subfolder", args[0] if args else "")
-        if load_file_path(model_name_or_path, WEIGHTS_NAME, subfolder, **hub_kwargs_of(kwargs)) is None:
+        weights = load_file_path(model_name_or_path, WEIGHTS_NAME, subfolder, **hub_kwargs_of(kwargs))
+        if weights is None:
             raise ValueError(f"{model_name_or_path} holds no {WEIGHTS_NAME}: LinearTransformer saved no model there")
+        # Its own weights, not those of an adapter, whose settings it may have.
+        kwargs["init_defaults"] = {**(kwargs.get("init_defaults") or {}), "adapter": NO_ADAPTER}
         kwargs["model_kwargs"] = {"use_safetensors": True, **(kwargs.get("model_kwargs") or {})}
         module = super().load(model_name_or_path, *args, **kwargs)
         info = module._loading_info
         refuse_mismatch(
             f"{model_name_or_path}: model.safetensors", info.get("missing_keys", ()), info.get("unexpected_keys", ())
         )
-        module._load_linear_weights(model_name_or_path, subfolder, **hub_kwargs_of(kwargs))
+        module._load_linear_weights(weights)
+        config = read_json_file(model_name_or_path, CONFIG_NAME, subfolder, **hub_kwargs_of(kwargs)) or {}
+        module.training_record = config.get("training") or {}
         return module
 
-    def _load_linear_weights(self, folder: str, subfolder: str = "", **hub_kwargs: Any) -> None:
-        path = load_file_path(folder, WEIGHTS_NAME, subfolder, **hub_kwargs)
-        if path is None:
-            raise ValueError(f"{folder} holds no {WEIGHTS_NAME}: pass the folder or hub id of a trained conversion")
+    def _load_linear_weights(self, path: str) -> None:
         saved, metadata = read_tensors(path)
         for name, value in self._kernel_settings().items():
             if metadata.get(name, value) != value:
@@ -381,9 +407,13 @@ class LinearTransformer(Transformer):
         return f"LinearTransformer({dict(self.get_config_dict(), architecture=type(self.model).__name__)})"
 
 
+def _with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: _DEFAULTS.get(name) if value is None else value for name, value in settings.items()}
+
+
 def _check_settings(max_seq_length: Any, position_extension: str, **settings: Any) -> None:
     """Refuse bad settings before a model is loaded for them."""
-    check_settings(**settings)
+    check_settings(**_with_defaults(settings))
     check_position_extension(position_extension)
     if max_seq_length is not None and (not is_integer(max_seq_length) or max_seq_length < 1):
         raise ValueError(f"max_seq_length must be a positive number of tokens, got {max_seq_length!r}")
