@@ -139,24 +139,69 @@ def quickstart(
 def convert(
     model: Annotated[str, typer.Argument(help="Hub id or folder of a sentence encoder.")],
     output: Annotated[Path, typer.Argument(help="Folder of the converted model.")],
-    feature_map: FeatureMapOption = "favor",
-    window: WindowOption = 64,
+    feature_map: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Feature map, the adapter's by default; an unknown name lists the choices."),
+    ] = None,
+    window: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Near window in tokens, the adapter's by default; 0 = purely linear."),
+    ] = None,
     num_features: NumFeatures = None,
     max_seq_length: MaxLength = 8192,
     position_extension: Annotated[str, typer.Option(help="'tile', 'interpolate' or 'none'.")] = "tile",
-    adapter: Annotated[Optional[str], typer.Option(help="Trained conversion: folder or hub id.")] = None,  # noqa: UP045
+    adapter: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="Trained conversion: folder, hub id, or name of a bundled one, which is the default for its encoder; "
+            "'none' for an untrained one."
+        ),
+    ] = None,
+    texts: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Train the conversion on plain texts: a .txt file, or a folder of some."),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Steps of that training, at most.")] = 300,
+    train_lengths: Annotated[
+        str, typer.Option(help="Tokens of the passages that it trains on, comma-separated.")
+    ] = "512,2048",
+    check_texts: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Measure fidelity on other texts too, in the end: a .txt file, or a folder of some."),
+    ] = None,
+    check_lengths: Annotated[
+        str, typer.Option(help="Tokens of the passages that it is measured on, comma-separated.")
+    ] = "512,2048,8192",
+    check_passages: Annotated[int, typer.Option(help="Passages of each of these lengths, at most.")] = 1000,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Give a sentence encoder linear attention and a longer context, and save it.
 
-    Example: `st-linear convert BAAI/bge-small-en-v1.5 bge-small-linear --window 64`
+    With `--texts` its linear attention is trained, for as long as it takes, to give the vectors of the encoder as it
+    was; a run that broke off goes on. The result is an adapter too: `--adapter` takes its folder.
+
+    Example: `st-linear convert BAAI/bge-small-en-v1.5 bge-small-linear --texts my-texts`
     """
     import st_linear
+    from st_linear import transfer
+    from st_linear.adapters import NO_ADAPTER
     from st_linear.conversion import linear_attentions
+    from st_linear.data import load_texts
     from st_linear.models import check_model_folder, save_model
 
     check_model_folder(output)
+    settings = transfer.TransferSettings(steps=steps, lengths=_lengths(train_lengths), seed=seed)
+    training = None if texts is None else load_texts(texts)
+    checking = None if check_texts is None else load_texts(check_texts)
+    if training is not None:
+        if adapter not in (None, NO_ADAPTER):
+            raise ValueError(f"--texts trains a conversion, --adapter {adapter} brings one: pass either")
+        adapter = NO_ADAPTER
+        feature_map = transfer.FEATURE_MAP if feature_map is None else feature_map
+        window = transfer.WINDOW if window is None else window
+        if feature_map == transfer.FEATURE_MAP:
+            num_features = num_features or transfer.NUM_FEATURES
     converted = st_linear.convert(
         model,
         feature_map=feature_map,
@@ -167,17 +212,29 @@ def convert(
         adapter=adapter,
         seed=seed,
     )
-    save_model(converted, output)
+    encoder: Any = converted[0]
     result = {
         "model": model,
         "output": str(output),
-        "feature_map": feature_map,
-        "window": window,
+        "feature_map": encoder.feature_map,
+        "window": encoder.window,
         "max_seq_length": converted.max_seq_length,
         "converted_layers": len(linear_attentions(converted)),
         "parameters": sum(parameter.numel() for parameter in converted.parameters()),
     }
-    _show(_two_columns(f"Converted {model}", result), result, as_json)
+    table = _two_columns(f"Converted {model}", result)
+    if training is not None:
+        _say(f"Training {encoder.feature_map}, window {encoder.window}, on {len(training)} texts: up to {steps} steps")
+        folder = output.with_name(f".{output.name}.training")
+        result["training"] = transfer.transfer(converted, training, folder, settings=settings)
+    save_model(converted, output)
+    if checking is not None:
+        result["fidelity"] = transfer.check_fidelity(
+            converted, checking, _lengths(check_lengths), most=check_passages, show_progress_bar=True
+        )
+    for title, figures in _fidelity_of(result).items():
+        _add_fidelity(table, title, figures)
+    _show(table, result, as_json)
     _say(f'Load it with st_linear.load("{output}"), or SentenceTransformer("{output}", trust_remote_code=True)')
 
 
@@ -564,6 +621,22 @@ def _add_rows(table: Table, name: str, final: dict[str, Any]) -> None:
         read = f"{figures['mean_tokens']:,.0f}" if "mean_tokens" in figures else "–"
         cut = f"{figures['truncated']:.0%}" if "truncated" in figures else "–"
         table.add_row(name, length, read, cut, str(figures["n"]), pearson, spearman)
+
+
+def _fidelity_of(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What is known of a conversion's fidelity, by title."""
+    held_out = result.get("training", {}).get("held_out", {})
+    titles = {"before": "held-out texts, before", "after": "held-out texts, after"}
+    found = {titles[key]: figures for key, figures in held_out.items()}
+    return {**found, "other texts": result["fidelity"]["figures"]} if "fidelity" in result else found
+
+
+def _add_fidelity(table: Table, title: str, figures: dict[str, dict[str, float]]) -> None:
+    for length, some in figures.items():
+        cells = [f"cosine {some['cosine']:.4f} (5 % below {some['cosine_p5']:.4f})"]
+        cells += [f"tokens {some['token_cosine']:.4f}"]
+        cells += [f"{key.replace('_', ' ')} {some[key]:.1%}" for key in some if key.startswith("neighbours")]
+        table.add_row(f"{title}, {int(length):,} tokens × {some['n']:.0f}", " · ".join(cells))
 
 
 def _two_columns(title: str, values: dict[str, Any]) -> Table:

@@ -176,6 +176,82 @@ def token_counts(texts: Sequence[str], tokenizer: Any) -> list[int]:
     return counts
 
 
+def evenly_spaced(rows: Sequence[Any], count: int) -> list[Any]:
+    """
+    Choose some of many.
+
+    Args:
+        rows: What to choose from.
+        count: How many, at most.
+
+    Returns:
+        ``count`` of them at equal distances, the same each time; all of them where there are no more.
+    """
+    count = min(count, len(rows))
+    return [rows[index * len(rows) // count] for index in range(count)]
+
+
+def load_texts(source: str | Path) -> dict[str, str]:
+    """
+    Read plain texts.
+
+    Args:
+        source: A ``.txt`` file in UTF-8, or a folder of some.
+
+    Returns:
+        The texts by file name, in order of name.
+
+    Raises:
+        FileNotFoundError: If there is no such file or folder, or no ``.txt`` file in it.
+        ValueError: If a file is not UTF-8.
+    """
+    path = Path(source).expanduser()
+    paths = sorted(path.glob("*.txt")) if path.is_dir() else [path]
+    if not paths or not all(path.is_file() for path in paths):
+        raise FileNotFoundError(f"{source} is no .txt file, and no folder that holds one")
+    texts = {}
+    for path in paths:
+        try:
+            texts[path.name] = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 ({error})") from error
+    return texts
+
+
+def passages(text: str, tokenizer: Any, length: int) -> list[str]:
+    """
+    Cut a text into passages of at most ``length`` tokens, between words.
+
+    Args:
+        text: The text.
+        tokenizer: A fast transformers tokenizer.
+        length: The most tokens that a passage may come to, special tokens included.
+
+    Returns:
+        The passages, one behind the other, as many as are full: what is left at the end is not among them. A passage
+        is shorter than ``length`` by less than its last word.
+
+    Raises:
+        ValueError: If ``length`` leaves no room for text.
+    """
+    room = length - tokenizer.num_special_tokens_to_add()
+    if room < 1:
+        raise ValueError(f"length={length} leaves no room for text beside the special tokens")
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False)
+    offsets, words = encoding["offset_mapping"], encoding.word_ids()
+    cut: list[str] = []
+    start = 0
+    while start + room <= len(words):
+        stop = start + room
+        while start < stop < len(words) and words[stop] == words[stop - 1]:
+            stop -= 1
+        # A word that fills the passage alone is cut.
+        stop = stop if stop > start else start + room
+        cut.append(text[offsets[start][0] : offsets[stop - 1][1]])
+        start = stop
+    return cut
+
+
 def repeat_to_length(texts: Sequence[str], tokenizer: Any, length: int) -> list[str]:
     """
     Repeat each text, whole and joined by spaces, as often as fits in ``length`` tokens.

@@ -6,19 +6,23 @@ import csv
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from scipy.stats import norm, pearsonr, spearmanr
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.evaluation import BaseEvaluator
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
-from sentence_transformers.util import pairwise_cos_sim
+from sentence_transformers.util import cos_sim, pairwise_cos_sim
+from torch import Tensor
+from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from st_linear.data import repeat_to_length, token_counts
+from st_linear.data import evenly_spaced, repeat_to_length, token_counts
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +30,10 @@ METRICS = ("pearson", "spearman")
 
 # A batch of natural sentences stays as large as asked up to this many tokens a text.
 _TOKENS_PER_TEXT = 256
+
+_TOKENS_PER_BATCH = 8192
+
+_TEXTS_FOR_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -331,6 +339,117 @@ class LengthSimilarityEvaluator(EmbeddingSimilarityEvaluator):
             for length, figures in self.results.items():
                 row = [figures[key] for key in (*METRICS, "mean_tokens", "truncated")]
                 writer.writerow([epoch, steps, "natural" if length is None else length, *row])
+
+
+class FidelityEvaluator(BaseEvaluator):
+    """
+    Measure how close a model's vectors are to those of a reference, such as the softmax model it was converted from.
+
+    Per length: the mean and the 5th percentile of the texts' cosines, the mean cosine of the tokens of (at most 64 of)
+    them, and the share of each text's ``neighbours`` nearest other texts that both models agree on.
+
+    Args:
+        texts: Texts by length in tokens. Both models read them cut at that length.
+        reference: The model to be like. It is asked once, here.
+        neighbours: How many nearest texts are compared; left out where there are fewer than four times as many texts.
+        show_progress_bar: Show progress.
+        name: Of the data, prefix of the metrics.
+
+    Raises:
+        ValueError: If there is no text, or on a call, if a model gives vectors of another size.
+
+    Relations:
+        - ``MSEEvaluator`` compares embeddings too, in squares, which say little of cosines.
+
+    Example:
+        ::
+
+            reference = convert("sentence-transformers/all-MiniLM-L6-v2", feature_map="softmax")
+            fidelity = FidelityEvaluator({512: texts}, reference)
+            fidelity(convert("sentence-transformers/all-MiniLM-L6-v2"))
+    """
+
+    def __init__(
+        self,
+        texts: Mapping[int, Sequence[str]],
+        reference: SentenceTransformer,
+        *,
+        neighbours: int = 10,
+        show_progress_bar: bool = False,
+        name: str = "",
+    ) -> None:
+        super().__init__()
+        if not texts or not all(texts.values()):
+            raise ValueError("texts holds none: name a length, and give texts for each")
+        self.texts = {length: list(some) for length, some in texts.items()}
+        self.neighbours = neighbours
+        self.show_progress_bar = show_progress_bar
+        self.name = name
+        self.greater_is_better = True
+        self.primary_metric = f"{name}_cosine" if name else "cosine"
+        self.results: dict[int, dict[str, float]] = {}
+        self._reference = {length: self._vectors(reference, length) for length in self.texts}
+
+    def __call__(  # type: ignore[override]  # narrows the model, as Sentence Transformers' own evaluators do
+        self, model: SentenceTransformer, output_path: str | None = None, epoch: float = -1, steps: int = -1
+    ) -> dict[str, float]:
+        """
+        Compare a model with the reference.
+
+        Args:
+            model: The model.
+            output_path: Not used: :attr:`results` has everything.
+            epoch: Not used.
+            steps: Not used.
+
+        Returns:
+            ``cosine``, the mean over lengths, and every figure of every length, e.g. ``cosine_512``.
+        """
+        self.results = {length: self._compare(model, length) for length in self.texts}
+        figures = {f"{key}_{length}": value for length, some in self.results.items() for key, value in some.items()}
+        figures["cosine"] = float(np.mean([some["cosine"] for some in self.results.values()]))
+        metrics = self.prefix_name_to_metrics(figures, self.name)
+        self.store_metrics_in_model_card_data(model, metrics, int(epoch), steps)
+        return metrics
+
+    def _compare(self, model: SentenceTransformer, length: int) -> dict[str, float]:
+        pooled, tokens = self._reference[length]
+        own, own_tokens = self._vectors(model, length)
+        if own.shape != pooled.shape:
+            raise ValueError(f"the model gives {own.shape[-1]} numbers a text, the reference {pooled.shape[-1]}")
+        cosines = F.cosine_similarity(own, pooled)
+        figures = {
+            "n": float(len(pooled)),
+            "cosine": cosines.mean().item(),
+            "cosine_p5": cosines.quantile(0.05).item(),
+            "token_cosine": torch.cat([F.cosine_similarity(a, b) for a, b in zip(own_tokens, tokens)]).mean().item(),
+        }
+        if len(pooled) >= 4 * self.neighbours:
+            nearest = [self._nearest(x) for x in (own, pooled)]
+            shared = [len(set(a) & set(b)) for a, b in zip(*nearest)]
+            figures[f"neighbours_{self.neighbours}"] = float(np.mean(shared)) / self.neighbours
+        return figures
+
+    def _nearest(self, vectors: Tensor) -> list[list[int]]:
+        similarity = cos_sim(vectors, vectors).fill_diagonal_(-math.inf)
+        return similarity.topk(self.neighbours).indices.tolist()
+
+    def _vectors(self, model: SentenceTransformer, length: int) -> tuple[Tensor, list[Tensor]]:
+        """Embeddings of the texts of a length, and of their tokens, in float32 on the CPU."""
+        limit, model.max_seq_length = model.max_seq_length, length
+        try:
+            outputs: Any = model.encode(
+                self.texts[length],
+                output_value=None,
+                batch_size=max(1, _TOKENS_PER_BATCH // length),
+                show_progress_bar=self.show_progress_bar,
+            )
+        finally:
+            model.max_seq_length = limit
+        pooled = torch.stack([output["sentence_embedding"] for output in outputs]).float().cpu()
+        some = evenly_spaced(outputs, _TEXTS_FOR_TOKENS)
+        tokens = [output["token_embeddings"][output["attention_mask"].bool()].float().cpu() for output in some]
+        return pooled, tokens
 
 
 def _metric_key(length: int | None, metric: str) -> str:

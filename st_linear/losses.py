@@ -344,7 +344,9 @@ class AttentionTransferLoss(nn.Module):
             student = self.model(features)
             model, encoder.model = encoder.model, reference
             try:
-                with torch.no_grad(), observe_attention(AttentionCall.softmax):
+                # In full precision, whatever the student learns in.
+                exact = torch.autocast(encoder.model.device.type, enabled=False)
+                with torch.no_grad(), exact, observe_attention(AttentionCall.softmax):
                     target = self._student[0](features)
             finally:
                 encoder.model = model

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
 import random
@@ -27,12 +25,20 @@ from sentence_transformers import (
 from sentence_transformers.base.evaluation import BaseEvaluator
 from transformers import TrainerCallback, set_seed
 
-from st_linear.data import load_pairs, repeat_to_length, source_name, token_counts, training_sentences
+from st_linear.data import evenly_spaced, load_pairs, repeat_to_length, source_name, token_counts, training_sentences
 from st_linear.evaluation import LengthSimilarityEvaluator, correlation
 from st_linear.losses import AttentionTransferLoss, DistillationLoss
 from st_linear.models import check_model_folder, convert, load, save_model
 from st_linear.pair_head import PairScorer
-from st_linear.records import environment, peak_memory_mib, read_json, reset_peak_memory, write_json
+from st_linear.records import (
+    as_json,
+    digest,
+    environment,
+    peak_memory_mib,
+    read_json,
+    reset_peak_memory,
+    write_json,
+)
 from st_linear.settings import Settings, Student
 from st_linear.teachers import add_teacher_scores, is_score_folder, load_teacher, read_teacher_scores, train_teacher
 
@@ -59,7 +65,7 @@ class Pairs:
 
     def digest(self) -> str:
         """Of all texts and scores: a source may hold other pairs the next time."""
-        return _digest([dataset.to_dict() for dataset in (self.train, self.dev, self.test)])
+        return digest([dataset.to_dict() for dataset in (self.train, self.dev, self.test)])
 
 
 @dataclass
@@ -197,12 +203,12 @@ def distil(
     settings = replace(settings, alpha=settings.alpha if teacher is not None else 0.0)
     asked = {
         "name": name,
-        "student": _plain(asdict(student)),
-        "settings": _plain(asdict(settings)),
+        "student": as_json(asdict(student)),
+        "settings": as_json(asdict(settings)),
         "base": base_name(base),
         "data": pairs.source,
         "pairs": pairs.digest(),
-        "teacher": None if teacher is None else {"name": teacher.name, "scores": _digest(teacher.scores["train"])},
+        "teacher": None if teacher is None else {"name": teacher.name, "scores": digest(teacher.scores["train"])},
     }
     path, folder = output / "record.json", output / "model"
     check_model_folder(folder)
@@ -250,7 +256,7 @@ def distil(
 def _check_lengths(model: SentenceTransformer, pairs: Pairs, settings: Settings) -> None:
     """Find out before the work, not after it, that a test text does not fit in the shortest of the lengths."""
     if settings.lengths:
-        subset = evenly_spaced(pairs.test, settings.pairs_at_length)
+        subset = _some_pairs(pairs.test, settings.pairs_at_length)
         repeat_to_length(training_sentences(subset), model.tokenizer, min(settings.lengths))
 
 
@@ -318,16 +324,13 @@ def evaluate_model(
         )
         results[None] |= correlation(np.asarray(scores), test["score"]).as_dict()
     if settings.lengths:
-        subset = evenly_spaced(test, settings.pairs_at_length)
+        subset = _some_pairs(test, settings.pairs_at_length)
         results |= _evaluate_lengths(model, subset, settings.lengths, show_progress_bar)
     return {"natural" if length is None else str(length): figures for length, figures in results.items()}
 
 
-def evenly_spaced(dataset: Dataset, count: int) -> Dataset:
-    """``count`` rows at equal distances, the same each time; all of them where there are no more."""
-    if count >= len(dataset):
-        return dataset
-    return dataset.select([math.floor(i * len(dataset) / count) for i in range(count)])
+def _some_pairs(pairs: Dataset, count: int) -> Dataset:
+    return pairs.select(evenly_spaced(range(len(pairs)), count))
 
 
 def _evaluate_lengths(
@@ -453,15 +456,6 @@ def _training_arguments(output: Path, settings: Settings, **options: Any) -> Sen
 
 def _has_maps(model: SentenceTransformer) -> bool:
     return any(".linear_attention." in name for name, _ in model.named_parameters())
-
-
-def _plain(value: Any) -> Any:
-    """As JSON gives it back: tuples become lists."""
-    return json.loads(json.dumps(value))
-
-
-def _digest(value: Any) -> str:
-    return hashlib.blake2b(json.dumps(value).encode(), digest_size=8).hexdigest()
 
 
 def base_name(base: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -155,6 +156,32 @@ def read_json(path: str | Path) -> Any:
         return json.loads(Path(path).read_bytes().decode("utf-8"), parse_constant=_refuse_constant)
     except ValueError as error:
         raise ValueError(f"{path} is damaged: not JSON ({error}); restore it, or delete it and run again") from error
+
+
+def as_json(value: Any) -> Any:
+    """
+    Turn a value into what comes back when it is written as JSON and read again: tuples become lists, say.
+
+    Args:
+        value: A JSON value, tuples allowed.
+
+    Returns:
+        The same in JSON's own types.
+    """
+    return json.loads(json.dumps(value))
+
+
+def digest(value: Any) -> str:
+    """
+    Tell values apart: 16 hexadecimal digits that are the same for the same value.
+
+    Args:
+        value: A JSON value.
+
+    Returns:
+        BLAKE2 of its JSON.
+    """
+    return hashlib.blake2b(json.dumps(value).encode(), digest_size=8).hexdigest()
 
 
 def _refuse_constant(name: str) -> NoReturn:

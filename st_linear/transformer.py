@@ -171,7 +171,8 @@ class LinearTransformer(Transformer):
         settings = {**defaults, **settings}
         adapter = settings.pop("adapter")
         _check_settings(**settings)
-        if any(p.requires_grad for layer in linear_attentions(transformer).values() for p in layer.parameters()):
+        learned = any(p.requires_grad for layer in linear_attentions(transformer).values() for p in layer.parameters())
+        if learned and settings["feature_map"] != "softmax":
             logger.warning("The model was converted before: what its feature maps have learned is not carried over.")
         module = cls.__new__(cls)
         module.__dict__ = copy.deepcopy(transformer).__dict__

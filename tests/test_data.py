@@ -10,7 +10,17 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertTokenizerFast
 
-from st_linear.data import SPLITS, load_pairs, repeat_to_length, source_name, token_counts, training_sentences
+from st_linear.data import (
+    SPLITS,
+    evenly_spaced,
+    load_pairs,
+    load_texts,
+    passages,
+    repeat_to_length,
+    source_name,
+    token_counts,
+    training_sentences,
+)
 
 STSB = Path(os.environ.get("ST_LINEAR_STSB", Path(__file__).parents[1] / "../shared/data/stsb"))
 HEADER = "sentence1,sentence2,score\n"
@@ -317,3 +327,52 @@ def test_token_counts_sees_past_truncation(tokenizer: BertTokenizerFast) -> None
     words.enable_truncation(8)
     assert token_counts([text, "dog cat"], words) == [50, 2]
     assert token_counts([], words) == []
+
+
+@pytest.mark.parametrize(
+    ("rows", "count", "expected"),
+    [(10, 4, [0, 2, 5, 7]), (10, 5, [0, 2, 4, 6, 8]), (10, 10, list(range(10))), (3, 7, [0, 1, 2]), (7, 1, [0])],
+)
+def test_evenly_spaced(rows: int, count: int, expected: list[int]) -> None:
+    assert evenly_spaced(range(rows), count) == expected
+
+
+class TestTexts:
+    def test_a_file_and_a_folder(self, tmp_path: Path) -> None:
+        for name, text in (("b.txt", "second\n"), ("a.txt", "première"), ("notes.md", "no")):
+            (tmp_path / name).write_text(text, encoding="utf-8")
+        assert load_texts(tmp_path) == {"a.txt": "première", "b.txt": "second\n"}
+        assert list(load_texts(str(tmp_path))) == ["a.txt", "b.txt"]
+        assert load_texts(tmp_path / "b.txt") == {"b.txt": "second\n"}
+
+    def test_what_is_none_is_refused(self, tmp_path: Path) -> None:
+        for source in (tmp_path, tmp_path / "missing.txt"):
+            with pytest.raises(FileNotFoundError, match=r"is no \.txt file, and no folder that holds one"):
+                load_texts(source)
+        (tmp_path / "a.txt").write_bytes(b"\xff\xfe\xfa")
+        with pytest.raises(ValueError, match=r"a\.txt is not UTF-8"):
+            load_texts(tmp_path)
+
+
+class TestPassages:
+    def test_they_are_full_and_follow_each_other(self, tokenizer: BertTokenizerFast) -> None:
+        words = ["a", "cat", "dog", "sat"] * 9
+        cut = passages(" ".join(words), tokenizer, 7)
+        assert token_counts(cut, tokenizer) == [7] * 7
+        assert " ".join(cut).split() == words[:35]
+
+    def test_words_stay_whole(self, tokenizer: BertTokenizerFast) -> None:
+        # Two tokens a word, three of room: a word a passage.
+        cut = passages("cats dogs cats dogs cats", tokenizer, 5)
+        assert cut == ["cats", "dogs", "cats", "dogs"]
+
+    def test_a_word_longer_than_a_passage_is_cut(self, tokenizer: BertTokenizerFast) -> None:
+        assert passages("cats cats", tokenizer, 3) == ["cat", "s", "cat", "s"]
+
+    def test_too_short_a_text_gives_none(self, tokenizer: BertTokenizerFast) -> None:
+        assert passages("a cat", tokenizer, 5) == []
+        assert passages("", tokenizer, 5) == []
+
+    def test_special_tokens_alone_are_refused(self, tokenizer: BertTokenizerFast) -> None:
+        with pytest.raises(ValueError, match="length=2 leaves no room for text beside the special tokens"):
+            passages("a cat", tokenizer, 2)

@@ -31,6 +31,7 @@ LAYERS = [
     "teachers",
     "data",
     "evaluation",
+    "transfer",
     "plots",
     "tasks",
     "study",

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from conftest import FAMILIES, WORDS, refused
-from datasets import Dataset
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -22,7 +21,7 @@ from st_linear.data import token_counts, training_sentences
 from st_linear.evaluation import correlation
 from st_linear.models import save_model
 from st_linear.pair_head import find_dse_head
-from st_linear.recipe import Pairs, Teacher, distil, evenly_spaced, prepare_teacher
+from st_linear.recipe import Pairs, Teacher, distil, prepare_teacher
 from st_linear.records import read_json
 from st_linear.settings import _POSITIVE_SETTINGS, Settings, Student
 
@@ -515,14 +514,7 @@ class TestTeacher:
             prepare()
 
 
-class TestSubsets:
-    @pytest.mark.parametrize(
-        ("rows", "count", "expected"),
-        [(10, 4, [0, 2, 5, 7]), (10, 5, [0, 2, 4, 6, 8]), (10, 10, list(range(10))), (3, 7, [0, 1, 2]), (7, 1, [0])],
-    )
-    def test_evenly_spaced(self, rows: int, count: int, expected: list[int]) -> None:
-        assert list(evenly_spaced(Dataset.from_dict({"row": range(rows)}), count)["row"]) == expected
-
+class TestLongTexts:
     def test_long_texts(self, bert: str, pairs: Pairs) -> None:
         model = st_linear.load(bert)
         sentences = training_sentences(pairs.train)

@@ -1,0 +1,341 @@
+"""Attention transfer from start to end: what ``st-linear convert --texts`` does to a converted model."""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers.base.sampler import DefaultBatchSampler
+from torch import Tensor
+from transformers import EarlyStoppingCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from st_linear.conversion import AttentionCall, observe_attention
+from st_linear.data import evenly_spaced, passages
+from st_linear.evaluation import FidelityEvaluator
+from st_linear.losses import AttentionTransferLoss, Target, check_choice
+from st_linear.models import convert
+from st_linear.records import as_json, digest, environment, read_json, write_json
+from st_linear.transformer import LinearTransformer
+
+logger = logging.getLogger(__name__)
+
+FEATURE_MAP, NUM_FEATURES, WINDOW = "learned_favor", 128, 128
+"""What wins in docs/conversion.md."""
+
+# Of the text, every so many-th block of passages is held out of training.
+_HELD_OUT_EVERY = 8
+_HELD_OUT_TOKENS = 24_576
+"""Tokens of each length's passages that fidelity is measured on, about."""
+
+_CALIBRATION_PASSAGES = 2
+
+
+@dataclass(frozen=True)
+class TransferSettings:
+    """What an attention transfer costs, and what it aims at.
+
+    Attributes:
+        steps: Steps of training, at most.
+        lengths: Passages of these many tokens are trained on in turn, and held out to measure fidelity on.
+        tokens_per_step: Tokens of a step's passages, about.
+        learning_rate: Peak of a cosine schedule with 5 % warm-up.
+        target: ``"hidden"`` or ``"attention"``, as in :class:`~st_linear.losses.AttentionTransferLoss`.
+        pooled: Weight of the embeddings' cosine in the ``"hidden"`` target.
+        evaluations: Measurements on the way.
+        patience: Measurements without a gain after which training ends.
+        half: Train under bfloat16 autocast; None = where the device has instructions for it.
+        seed: Of everything random.
+    """
+
+    steps: int = 300
+    lengths: tuple[int, ...] = (512, 2048)
+    tokens_per_step: int = 4096
+    learning_rate: float = 1e-2
+    target: Target = "hidden"
+    pooled: float = 10.0
+    evaluations: int = 6
+    patience: int = 2
+    half: bool | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_choice("target", self.target, Target)
+        if not self.lengths:
+            raise ValueError("lengths is empty: name at least one")
+        for name in ("steps", "tokens_per_step", "learning_rate", "evaluations", "patience"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
+
+
+def transfer(
+    model: SentenceTransformer,
+    texts: Mapping[str, str],
+    folder: Path,
+    *,
+    settings: TransferSettings | None = None,
+    show_progress_bar: bool = True,
+) -> dict[str, Any]:
+    """Train a converted model's linear attention to be like softmax attention; the encoder stays as it is.
+
+    The maps start where attention looks (:meth:`~st_linear.feature_maps.FeatureMap.calibrate`), learn on passages of
+    the texts, and end as they were when passages held out fared best. Call it again after a crash, with the same
+    arguments: it goes on at the last measurement.
+
+    Args:
+        model: From :func:`~st_linear.models.convert`, fresh.
+        texts: Plain texts by name.
+        folder: Where checkpoints lie meanwhile; it is removed in the end.
+        settings: Budget and aims.
+        show_progress_bar: Show progress.
+
+    Returns:
+        The record, which the model keeps and saves in its adapter.json: settings, texts, fidelity by length before
+        and after on passages held out, steps, seconds, environment.
+
+    Raises:
+        ValueError: If the model has nothing to train, or the texts are too short.
+    """
+    settings = settings or TransferSettings()
+    encoder: LinearTransformer = model[0]  # type: ignore[assignment]
+    _check_lengths(settings, encoder.window, model.max_seq_length)
+    training, held_out = _passages(texts, model, settings.lengths)
+    fidelity = FidelityEvaluator(held_out, _softmax_twin(model))
+    loss = AttentionTransferLoss(
+        model, target=settings.target, pooled=settings.pooled if settings.target == "hidden" else 0.0
+    )
+    before = _figures(fidelity, model)
+    calibrate(encoder, training[max(training)][:_CALIBRATION_PASSAGES], seed=settings.seed)
+    asked = {"settings": asdict(settings), "encoder": encoder.get_config_dict(), "texts": digest(training)}
+    _keep_checkpoints_of(folder, as_json(asked))
+    started = time.perf_counter()
+    steps = _train(model, loss, fidelity, training, folder, settings, show_progress_bar)
+    record = {
+        "settings": as_json(asdict(settings)),
+        "texts": {name: len(text) for name, text in texts.items()},
+        "passages": {str(length): len(some) for length, some in training.items()},
+        "held_out": {"before": before, "after": _figures(fidelity, model)},
+        "steps": steps,
+        "seconds": time.perf_counter() - started,
+        "environment": environment(),
+    }
+    model.requires_grad_(True)
+    encoder.training_record = record
+    shutil.rmtree(folder, ignore_errors=True)
+    return record
+
+
+def check_fidelity(
+    model: SentenceTransformer,
+    texts: Mapping[str, str],
+    lengths: Sequence[int],
+    *,
+    most: int = 1000,
+    show_progress_bar: bool = False,
+) -> dict[str, Any]:
+    """Compare a converted model's vectors with those of the encoder as it was, on the same positions.
+
+    Args:
+        model: A converted model whose encoder was not trained.
+        texts: Plain texts by name, others than it was trained on.
+        lengths: Tokens of the passages that they are cut into, from the start.
+        most: Passages of each length, at most, evenly spaced.
+        show_progress_bar: Show progress.
+
+    Returns:
+        ``texts``, their sizes in characters; ``figures``, by length; ``environment``.
+    """
+    whole = "\n".join(texts.values())
+    cut = {length: passages(whole, model.tokenizer, length) for length in lengths}
+    for length, some in cut.items():
+        if not some:
+            raise ValueError(f"the texts come to less than one passage of {length} tokens")
+    chosen = {length: evenly_spaced(some, most) for length, some in cut.items()}
+    fidelity = FidelityEvaluator(chosen, _softmax_twin(model), show_progress_bar=show_progress_bar)
+    return {
+        "texts": {name: len(text) for name, text in texts.items()},
+        "figures": _figures(fidelity, model),
+        "environment": environment(),
+    }
+
+
+def _softmax_twin(model: SentenceTransformer) -> SentenceTransformer:
+    """The same model with exact attention: positions and length are those of the conversion."""
+    encoder: LinearTransformer = model[0]  # type: ignore[assignment]
+    return convert(
+        model,
+        feature_map="softmax",
+        max_seq_length=model.max_seq_length,
+        position_extension=encoder.position_extension,
+    )
+
+
+@torch.no_grad()
+def calibrate(encoder: LinearTransformer, texts: Sequence[str], *, seed: int = 0) -> None:
+    """Start each layer's feature map where softmax attention looks in some texts, cut to the shortest one's length.
+
+    Args:
+        encoder: Of a converted model.
+        texts: Longer than three windows.
+        seed: Of what the maps draw.
+    """
+    tokenizer: Any = encoder.tokenizer
+    ids = tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
+    length = min(map(len, ids))
+    inputs = torch.tensor([row[:length] for row in ids], device=encoder.model.device)
+    generator = torch.Generator().manual_seed(seed)
+    done: set[int] = set()
+
+    def see(call: AttentionCall) -> Tensor:
+        if call.is_linear() and id(call.module) not in done:
+            attention: Any = call.module.linear_attention
+            query, key = (x.float() * call.scale**0.5 for x in (call.query, call.key))
+            attention.feature_map.calibrate(query, key, window=attention.window, generator=generator)
+            done.add(id(call.module))
+        return call.softmax()
+
+    encoder.eval()
+    with observe_attention(see):
+        encoder.model(input_ids=inputs, attention_mask=torch.ones_like(inputs))
+
+
+def _train(
+    model: SentenceTransformer,
+    loss: AttentionTransferLoss,
+    fidelity: FidelityEvaluator,
+    training: Mapping[int, list[str]],
+    folder: Path,
+    settings: TransferSettings,
+    show_progress_bar: bool,
+) -> int:
+    """Train, and return the number of steps."""
+    every = math.ceil(settings.steps / settings.evaluations)
+    texts = [text for some in training.values() for text in some]
+    groups = _batches(training, settings.tokens_per_step)
+    arguments = SentenceTransformerTrainingArguments(
+        output_dir=str(folder),
+        max_steps=settings.steps,
+        batch_sampler=partial(_PassageBatches, groups),
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.05,
+        adam_beta2=0.99,
+        weight_decay=0.0,
+        bf16=_has_bfloat16(model.device) if settings.half is None else settings.half,
+        eval_strategy="steps",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=1,
+        load_best_model_at_end=True,
+        metric_for_best_model=f"eval_{fidelity.primary_metric}",
+        greater_is_better=True,
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=not show_progress_bar,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        seed=settings.seed,
+    )
+    trainer = SentenceTransformerTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=Dataset.from_dict({"text": texts}),
+        loss=loss,
+        evaluator=fidelity,
+        callbacks=[EarlyStoppingCallback(settings.patience)],
+    )
+    checkpoint = get_last_checkpoint(str(folder))
+    if checkpoint is not None:
+        logger.warning("Going on from %s", checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return trainer.state.global_step
+
+
+def _keep_checkpoints_of(folder: Path, asked: dict[str, Any]) -> None:
+    """Empty the folder, unless the checkpoints in it are of the same training."""
+    path = folder / "asked.json"
+    if not path.is_file() or read_json(path) != asked:
+        shutil.rmtree(folder, ignore_errors=True)
+        write_json(path, asked)
+
+
+class _PassageBatches(DefaultBatchSampler):
+    """Batches of passages of one length, in random order."""
+
+    def __init__(self, groups: Sequence[range], dataset: Dataset, *, seed: int = 0, **options: Any) -> None:
+        super().__init__(dataset, seed=seed, **options)
+        self.groups = groups
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        for index in torch.randperm(len(self.groups), generator=generator).tolist():
+            yield list(self.groups[index])
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+
+def _batches(training: Mapping[int, Sequence[str]], tokens: int) -> list[range]:
+    """Rows of passages one length after the other, as many of each length's batches as of every other's."""
+    groups: list[list[range]] = []
+    start = 0
+    for length, some in training.items():
+        size = max(1, tokens // length)
+        stop = start + len(some)
+        groups.append([range(first, min(first + size, stop)) for first in range(start, stop, size)])
+        start = stop
+    most = max(map(len, groups))
+    return [batches[index % len(batches)] for batches in groups for index in range(most)]
+
+
+def _passages(
+    texts: Mapping[str, str], model: SentenceTransformer, lengths: Sequence[int]
+) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
+    """Passages to train on, and others, of no common word, to measure on: by length in tokens."""
+    whole = "\n".join(texts.values())
+    blocks = passages(whole, model.tokenizer, max(lengths))
+    held = blocks[_HELD_OUT_EVERY - 1 :: _HELD_OUT_EVERY]
+    if not held:
+        raise ValueError(
+            f"the texts come to {len(blocks)} passages of {max(lengths)} tokens: at least {_HELD_OUT_EVERY} are needed"
+        )
+    rest = [block for index, block in enumerate(blocks) if index % _HELD_OUT_EVERY != _HELD_OUT_EVERY - 1]
+
+    def cut(some: list[str], length: int) -> list[str]:
+        if length == max(lengths):
+            return some
+        return [passage for block in some for passage in passages(block, model.tokenizer, length)]
+
+    training = {length: cut(rest, length) for length in lengths}
+    kept = {length: cut(held, length) for length in lengths}
+    return training, {length: evenly_spaced(some, max(1, _HELD_OUT_TOKENS // length)) for length, some in kept.items()}
+
+
+def _check_lengths(settings: TransferSettings, window: int, max_seq_length: int | None) -> None:
+    for length in settings.lengths:
+        if length <= 3 * window:
+            raise ValueError(f"lengths must be more than three windows, {3 * window} tokens, got {length}")
+        if max_seq_length is not None and length > max_seq_length:
+            raise ValueError(f"lengths must be at most max_seq_length={max_seq_length}, got {length}")
+
+
+def _figures(fidelity: FidelityEvaluator, model: SentenceTransformer) -> dict[str, dict[str, float]]:
+    fidelity(model)
+    return {str(length): figures for length, figures in fidelity.results.items()}
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 in hardware: elsewhere it is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()

@@ -1,0 +1,197 @@
+"""Attention transfer brings a conversion close to its encoder, resumes, and says what it did."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import WORDS, refused
+from sentence_transformers import SentenceTransformer
+from torch.nn import functional as F
+from torch.testing import assert_close
+from transformers import TrainerCallback
+
+from st_linear import convert, load, transfer
+from st_linear.conversion import split_state_dict
+from st_linear.data import token_counts
+from st_linear.evaluation import FidelityEvaluator
+from st_linear.transfer import TransferSettings, check_fidelity
+
+SETTINGS = TransferSettings(steps=12, lengths=(48, 96), tokens_per_step=384, evaluations=3, half=False)
+CONVERSION: dict[str, Any] = {
+    "feature_map": "learned_favor",
+    "feature_map_kwargs": {"num_features": 16},
+    "window": 8,
+    "max_seq_length": 200,
+}
+
+
+@pytest.fixture(scope="module")
+def book() -> dict[str, str]:
+    draw = random.Random(0)
+    return {"book.txt": "\n".join(" ".join(draw.choices(WORDS, k=20)) for _ in range(200))}
+
+
+@pytest.fixture
+def model(bert: str) -> SentenceTransformer:
+    return convert(bert, **CONVERSION)
+
+
+def run(model: SentenceTransformer, book: dict[str, str], folder: Path, **changes: Any) -> dict[str, Any]:
+    settings = replace(SETTINGS, **changes)
+    return transfer.transfer(model, book, folder, settings=settings, show_progress_bar=False)
+
+
+class TestTransfer:
+    def test_vectors_come_closer_and_the_encoder_stays(
+        self, bert: str, model: SentenceTransformer, book: dict[str, str], tmp_path: Path
+    ) -> None:
+        record = run(model, book, tmp_path / "training")
+        before, after = record["held_out"]["before"], record["held_out"]["after"]
+        assert set(before) == set(after) == {"48", "96"}
+        for length in before:
+            assert 1 - after[length]["cosine"] < 0.6 * (1 - before[length]["cosine"])
+        plain, _ = split_state_dict(model[0].model)
+        assert_close(plain, split_state_dict(convert(bert, **CONVERSION)[0].model)[0], rtol=0, atol=0)
+        assert all(parameter.requires_grad for parameter in model.parameters())
+        assert not (tmp_path / "training").exists()
+        assert record["steps"] == 12
+        assert record["texts"] == {"book.txt": len(book["book.txt"])}
+
+    def test_the_record_goes_with_the_model(
+        self, model: SentenceTransformer, book: dict[str, str], tmp_path: Path
+    ) -> None:
+        record = run(model, book, tmp_path / "training", steps=2, evaluations=1)
+        model.save_pretrained(str(tmp_path / "saved"))
+        assert load(str(tmp_path / "saved"))[0].training_record == record
+
+    @pytest.mark.parametrize("target", ["hidden", "attention"])
+    def test_other_maps_and_targets(self, bert: str, book: dict[str, str], tmp_path: Path, target: Any) -> None:
+        model = convert(bert, feature_map="hedgehog", window=8, max_seq_length=200)
+        record = run(model, book, tmp_path / "training", target=target)
+        assert record["held_out"]["after"]["96"]["cosine"] > record["held_out"]["before"]["96"]["cosine"]
+
+    def test_an_interrupted_one_goes_on(
+        self, bert: str, book: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        whole = convert(bert, **CONVERSION)
+        run(whole, book, tmp_path / "whole")
+
+        class Stop(TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
+                if state.global_step == 6:
+                    raise KeyboardInterrupt
+
+        seen: list[int] = []
+
+        class Watch(TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
+                seen.append(state.global_step)
+
+        trainer = transfer.SentenceTransformerTrainer
+        for callback in (Stop, Watch):
+            monkeypatch.setattr(
+                transfer,
+                "SentenceTransformerTrainer",
+                lambda *args, callbacks, callback=callback, **options: trainer(
+                    *args, callbacks=[*callbacks, callback()], **options
+                ),
+            )
+            resumed = convert(bert, **CONVERSION)
+            try:
+                run(resumed, book, tmp_path / "broken")
+            except KeyboardInterrupt:
+                assert callback is Stop
+        assert seen == list(range(5, 13))
+        assert_close(split_state_dict(resumed[0].model), split_state_dict(whole[0].model), rtol=0, atol=1e-6)
+
+    def test_another_training_starts_anew(
+        self, model: SentenceTransformer, book: dict[str, str], tmp_path: Path
+    ) -> None:
+        (tmp_path / "checkpoint-4").mkdir()
+        assert run(model, book, tmp_path, steps=2, evaluations=1)["steps"] == 2
+
+    def test_held_out_text_is_not_trained_on(self, model: SentenceTransformer, book: dict[str, str]) -> None:
+        training, held_out = transfer._passages(book, model, SETTINGS.lengths)
+        for length in SETTINGS.lengths:
+            assert max(token_counts(training[length] + held_out[length], model.tokenizer)) == length
+            # Of random words, four in a row stand in one place.
+            trained = " ".join(text for some in training.values() for text in some)
+            assert not any(" ".join(text.split()[4:16]) in trained for text in held_out[length])
+
+    def test_every_length_is_trained_on_as_often(self) -> None:
+        groups = transfer._batches({48: ["x"] * 100, 96: ["x"] * 10}, 192)
+        assert sum(group.stop <= 100 for group in groups) == sum(group.start >= 100 for group in groups) == 25
+        assert {index for group in groups for index in group} == set(range(110))
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"lengths": (24,)}, "lengths must be more than three windows, 24 tokens, got 24"),
+            ({"lengths": (48, 400)}, "lengths must be at most max_seq_length=200, got 400"),
+            ({"lengths": ()}, "lengths is empty: name at least one"),
+            ({"steps": 0}, "steps must be positive, got 0"),
+            ({"target": "weights"}, "unknown target 'weights'; choose one of: attention, hidden"),
+        ],
+    )
+    def test_what_does_not_fit_is_refused(
+        self, model: SentenceTransformer, book: dict[str, str], tmp_path: Path, changes: dict[str, Any], message: str
+    ) -> None:
+        with refused(message):
+            run(model, book, tmp_path / "training", **changes)
+
+    def test_too_little_text_is_refused(self, model: SentenceTransformer, tmp_path: Path) -> None:
+        with refused("the texts come to 4 passages of 96 tokens: at least 8 are needed"):
+            run(model, {"a": " ".join(WORDS[:1] * 400)}, tmp_path / "training")
+
+
+class TestFidelity:
+    def test_figures(self, bert: str, text: Callable[..., str]) -> None:
+        texts = [text(60, seed) for seed in range(12)]
+        model, reference = convert(bert, window=8, max_seq_length=64), SentenceTransformer(bert)
+        evaluator = FidelityEvaluator({60: texts, 30: texts}, reference, neighbours=3, name="far")
+        metrics = evaluator(model)
+        assert evaluator.primary_metric == "far_cosine"
+        assert metrics["far_cosine"] == pytest.approx((metrics["far_cosine_60"] + metrics["far_cosine_30"]) / 2)
+        own, other = (x.encode(texts, convert_to_tensor=True) for x in (model, reference))
+        cosines = F.cosine_similarity(own, other)
+        figures = evaluator.results[60]
+        assert figures["n"] == 12
+        assert figures["cosine"] == pytest.approx(cosines.mean().item(), abs=1e-5)
+        assert figures["cosine_p5"] == pytest.approx(cosines.quantile(0.05).item(), abs=1e-5)
+        tokens = [x.encode(texts, output_value="token_embeddings") for x in (model, reference)]
+        by_token = torch.cat([F.cosine_similarity(a, b) for a, b in zip(*tokens)])
+        assert figures["token_cosine"] == pytest.approx(by_token.mean().item(), abs=1e-5)
+        shared = []
+        for index in range(12):
+            nearest = []
+            for vectors in (own, other):
+                similarity = F.cosine_similarity(vectors[index], vectors)
+                similarity[index] = -2
+                nearest.append(set(similarity.topk(3).indices.tolist()))
+            shared.append(len(nearest[0] & nearest[1]) / 3)
+        assert figures["neighbours_3"] == pytest.approx(sum(shared) / 12)
+
+    def test_a_model_is_like_itself(self, model: SentenceTransformer, text: Callable[..., str]) -> None:
+        evaluator = FidelityEvaluator({90: [text(90, seed) for seed in range(5)]}, model)
+        assert evaluator(model)["cosine"] == pytest.approx(1, abs=1e-5)
+        assert "neighbours_10_90" not in evaluator(model)
+        assert model.max_seq_length == 200
+
+    def test_nothing_to_measure_is_refused(self, model: SentenceTransformer, text: Callable[..., str]) -> None:
+        for texts in ({}, {64: []}):
+            with refused("texts holds none"):
+                FidelityEvaluator(texts, model)
+
+    def test_other_texts(self, model: SentenceTransformer, book: dict[str, str]) -> None:
+        record = check_fidelity(model, book, (40, 80), most=6)
+        assert set(record["figures"]) == {"40", "80"}
+        assert record["figures"]["40"]["n"] == 6
+        assert 0 < record["figures"]["80"]["cosine"] < 1
+        with refused("the texts come to less than one passage of 190 tokens"):
+            check_fidelity(model, {"a": "ba be"}, (190,))
