@@ -231,6 +231,7 @@ def _train(
         warmup_steps=0.05,
         adam_beta2=0.99,
         weight_decay=0.0,
+        use_cpu=model.device.type == "cpu",
         bf16=_has_bfloat16(model.device) if settings.half is None else settings.half,
         eval_strategy="steps",
         eval_steps=every,

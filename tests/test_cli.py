@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES
+from conftest import FAMILIES, WORDS
 from safetensors.torch import load_file, save_file
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.base.modules import Transformer
@@ -122,6 +123,52 @@ class TestConvert:
         assert code == 2
         assert one_line_error(err) == "Error: pairs holds files and no model of st_linear's: name another folder"
         assert files(place) == before
+
+
+class TestTrainedConversion:
+    LINE = (
+        "convert bert out --texts book.txt --steps 6 --train-lengths 48,96 --window 8 --num-features 12 "
+        "--check-texts book.txt --check-lengths 40 --check-passages 5"
+    )
+
+    @pytest.fixture(autouse=True)
+    def book(self, place: Path) -> None:
+        draw = random.Random(0)
+        (place / "book.txt").write_text("\n".join(" ".join(draw.choices(WORDS, k=20)) for _ in range(150)))
+
+    def test_json_and_the_adapter_that_it_makes(self, run: Callable[..., tuple[int, str, str]], place: Path) -> None:
+        before = files(place)
+        code, out, _ = run(f"{self.LINE} --json")
+        assert code == 0
+        result = json.loads(out)
+        assert (result["feature_map"], result["window"]) == ("learned_favor", 8)
+        assert result["training"]["steps"] == 6
+        assert result["training"]["settings"]["lengths"] == [48, 96]
+        assert result["fidelity"]["figures"]["40"]["n"] == 5
+        assert {path.split("/")[0] for path in files(place) - before} == {"out"}
+        trained = st_linear.load("out")
+        assert trained[0].training_record == result["training"]
+        adapted = st_linear.convert("bert", adapter="out")
+        text = " ".join(WORDS * 5)
+        assert abs(adapted.encode(text) - trained.encode(text)).max() < 1e-6
+        assert abs(st_linear.convert("bert", window=8).encode(text) - trained.encode(text)).max() > 1e-4
+
+    def test_table(self, run: Callable[..., tuple[int, str, str]]) -> None:
+        code, out, _ = run(self.LINE)
+        assert code == 0
+        for title in (
+            "held-out texts, before, 48 tokens",
+            "held-out texts, after, 96 tokens",
+            "other texts, 40 tokens",
+        ):
+            assert title in out
+
+    def test_an_adapter_is_brought_or_trained(self, run: Callable[..., tuple[int, str, str]]) -> None:
+        code, _, err = run(f"{self.LINE} --adapter bert")
+        assert (code, one_line_error(err)) == (
+            2,
+            "Error: --texts trains a conversion, --adapter bert brings one: pass either",
+        )
 
 
 class TestEvaluate:
@@ -287,6 +334,10 @@ class TestErrors:
             ("convert bert out --position-extension x", "'x'; choose one of: tile, interpolate, none"),
             ("convert bert out --feature-map elu --num-features 8", "'elu' has no option 'num_features'"),
             ("convert bert out --adapter bert", "bert holds no linear_attention.safetensors"),
+            ("convert bert out --texts nosuch", "nosuch is no .txt file, and no folder that holds one"),
+            ("convert bert out --texts bert", "bert is no .txt file, and no folder that holds one"),
+            ("convert bert out --check-texts bert", "bert is no .txt file, and no folder that holds one"),
+            ("convert bert out --steps 0", "steps must be positive, got 0"),
             ("convert nosuch out", "no folder 'nosuch' here, and none on the Hugging Face Hub"),
             ("convert no/such out", "no folder 'no/such' here, and none on the Hugging Face Hub"),
             ("convert bert bert/config.json", "bert/config.json is a file"),
