@@ -17,7 +17,7 @@ from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.base.sampler import DefaultBatchSampler
 from torch import Tensor
-from transformers import EarlyStoppingCallback
+from transformers import EarlyStoppingCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from st_linear.conversion import AttentionCall, observe_attention
@@ -255,6 +255,9 @@ def _train(
         evaluator=fidelity,
         callbacks=[EarlyStoppingCallback(settings.patience)],
     )
+    trainer.remove_callback(ProgressCallback)
+    if show_progress_bar:
+        trainer.add_callback(_Bar(fidelity))
     checkpoint = get_last_checkpoint(str(folder))
     if checkpoint is not None:
         logger.warning("Going on from %s", checkpoint)
@@ -268,6 +271,19 @@ def _keep_checkpoints_of(folder: Path, asked: dict[str, Any]) -> None:
     if not path.is_file() or read_json(path) != asked:
         shutil.rmtree(folder, ignore_errors=True)
         write_json(path, asked)
+
+
+class _Bar(ProgressCallback):
+    """The Trainer's progress bar, with fidelity in words where the Trainer prints a dictionary."""
+
+    def __init__(self, fidelity: FidelityEvaluator) -> None:
+        super().__init__()
+        self.fidelity = fidelity
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self.training_bar is not None and "eval_runtime" in (logs or {}):
+            figures = (f"{some['cosine']:.4f} at {length:,}" for length, some in self.fidelity.results.items())
+            self.training_bar.write(f"step {state.global_step}: held-out cosine {', '.join(figures)}")
 
 
 class _PassageBatches(DefaultBatchSampler):
