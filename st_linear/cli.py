@@ -164,7 +164,10 @@ def convert(
     steps: Annotated[int, typer.Option(help="Steps of that training, at most.")] = 300,
     train_lengths: Annotated[
         str, typer.Option(help="Tokens of the passages that it trains on, comma-separated.")
-    ] = "512,2048",
+    ] = "512,2048,4096",
+    target: Annotated[
+        str, typer.Option(help="What it aims at: 'hidden' states and embeddings, or each layer's 'attention'.")
+    ] = "hidden",
     check_texts: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(help="Measure fidelity on other texts too, in the end: a .txt file, or a folder of some."),
@@ -191,7 +194,12 @@ def convert(
     from st_linear.models import check_model_folder, save_model
 
     check_model_folder(output)
-    settings = transfer.TransferSettings(steps=steps, lengths=_lengths(train_lengths), seed=seed)
+    settings = transfer.TransferSettings(
+        steps=steps,
+        lengths=_lengths(train_lengths),
+        target=target,  # type: ignore[arg-type]
+        seed=seed,
+    )
     training = None if texts is None else load_texts(texts)
     checking = None if check_texts is None else load_texts(check_texts)
     if training is not None:

@@ -49,7 +49,7 @@ class TransferSettings:
         steps: Steps of training, at most.
         lengths: Passages of these many tokens are trained on in turn, and held out to measure fidelity on.
         tokens_per_step: Tokens of a step's passages, about.
-        learning_rate: Peak of a cosine schedule with 5 % warm-up.
+        learning_rate: Peak of a cosine schedule with 5 % warm-up; gradients are clipped at a norm of 0.5.
         target: ``"hidden"`` or ``"attention"``, as in :class:`~st_linear.losses.AttentionTransferLoss`.
         pooled: Weight of the embeddings' cosine in the ``"hidden"`` target.
         evaluations: Measurements on the way.
@@ -59,7 +59,7 @@ class TransferSettings:
     """
 
     steps: int = 300
-    lengths: tuple[int, ...] = (512, 2048)
+    lengths: tuple[int, ...] = (512, 2048, 4096)
     tokens_per_step: int = 4096
     learning_rate: float = 1e-2
     target: Target = "hidden"
@@ -231,6 +231,7 @@ def _train(
         warmup_steps=0.05,
         adam_beta2=0.99,
         weight_decay=0.0,
+        max_grad_norm=0.5,
         use_cpu=model.device.type == "cpu",
         bf16=_has_bfloat16(model.device) if settings.half is None else settings.half,
         eval_strategy="steps",
