@@ -63,23 +63,22 @@ class Adapter:
     training: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, source: str, subfolder: str = "", **hub_kwargs: Any) -> Adapter:
+    def load(cls, source: str, **hub_kwargs: Any) -> Adapter:
         """Find an adapter.
 
         Args:
             source: Name of a bundled one, folder or hub id.
-            subfolder: Of the folder or of the hub's repository.
-            **hub_kwargs: ``token``, ``cache_folder``, ``revision``, ``local_files_only``.
+            **hub_kwargs: ``token``, ``cache_folder``, ``local_files_only``.
 
         Raises:
             ValueError: If there is none, a file is damaged, or this version of st_linear can't read it.
         """
         folder = str(_BUNDLED / source) if source in bundled_adapters() else source
-        weights = load_file_path(folder, WEIGHTS_NAME, subfolder, **hub_kwargs)
+        weights = load_file_path(folder, WEIGHTS_NAME, **hub_kwargs)
         if weights is None:
-            names = ", ".join(bundled_adapters())
-            raise ValueError(f"{source} holds no {WEIGHTS_NAME}: pass the folder or hub id of an adapter, or: {names}")
-        config = read_json_file(folder, CONFIG_NAME, subfolder, **hub_kwargs)
+            choices = "".join(f", or {name}" for name in bundled_adapters())
+            raise ValueError(f"{source} holds no {WEIGHTS_NAME}: pass the folder or hub id of an adapter{choices}")
+        config = read_json_file(folder, CONFIG_NAME, **hub_kwargs)
         if config is None:
             raise ValueError(f"{source} holds no {CONFIG_NAME}, which says what its tensors are for")
         if not isinstance(config, dict) or config.get("version") != FORMAT_VERSION:

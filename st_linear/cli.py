@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import sys
 import traceback
 from contextlib import redirect_stdout
@@ -192,6 +193,7 @@ def convert(
     from st_linear.conversion import linear_attentions
     from st_linear.data import load_texts
     from st_linear.models import check_model_folder, save_model
+    from st_linear.recipe import base_name
 
     check_model_folder(output)
     settings = transfer.TransferSettings(
@@ -201,15 +203,15 @@ def convert(
         seed=seed,
     )
     training = None if texts is None else load_texts(texts)
-    checking = None if check_texts is None else load_texts(check_texts)
+    other_texts = None if check_texts is None else load_texts(check_texts)
     if training is not None:
         if adapter not in (None, NO_ADAPTER):
             raise ValueError(f"--texts trains a conversion, --adapter {adapter} brings one: pass either")
         adapter = NO_ADAPTER
         feature_map = transfer.FEATURE_MAP if feature_map is None else feature_map
         window = transfer.WINDOW if window is None else window
-        if feature_map == transfer.FEATURE_MAP:
-            num_features = num_features or transfer.NUM_FEATURES
+        if feature_map == transfer.FEATURE_MAP and num_features is None:
+            num_features = transfer.NUM_FEATURES
     converted = st_linear.convert(
         model,
         feature_map=feature_map,
@@ -231,15 +233,21 @@ def convert(
         "parameters": sum(parameter.numel() for parameter in converted.parameters()),
     }
     table = _two_columns(f"Converted {model}", result)
+    checking = {}
+    if other_texts is not None:
+        checking = transfer.cut_passages(other_texts, converted, _lengths(check_lengths), check_passages)
+    checkpoints = output.resolve().with_name(f".{output.resolve().name}.training")
     if training is not None:
         _say(f"Training {encoder.feature_map}, window {encoder.window}, on {len(training)} texts: up to {steps} steps")
-        folder = output.with_name(f".{output.name}.training")
-        result["training"] = transfer.transfer(converted, training, folder, settings=settings)
+        result["training"] = transfer.transfer(converted, training, checkpoints, settings=settings)
+    if checking:
+        _say("Comparing with the encoder as it was")
+        result["fidelity"] = transfer.check_fidelity(converted, checking, show_progress_bar=True)
+    if training is not None:
+        encoder.base_encoder["name"] = base_name(model)
+        encoder.training_record["other_texts"] = result.get("fidelity")
     save_model(converted, output)
-    if checking is not None:
-        result["fidelity"] = transfer.check_fidelity(
-            converted, checking, _lengths(check_lengths), most=check_passages, show_progress_bar=True
-        )
+    shutil.rmtree(checkpoints, ignore_errors=True)
     for title, figures in _fidelity_of(result).items():
         _add_fidelity(table, title, figures)
     _show(table, result, as_json)

@@ -435,21 +435,19 @@ class FidelityEvaluator(BaseEvaluator):
         return similarity.topk(self.neighbours).indices.tolist()
 
     def _vectors(self, model: SentenceTransformer, length: int) -> tuple[Tensor, list[Tensor]]:
-        """Embeddings of the texts of a length, and of their tokens, in float32 on the CPU."""
-        limit, model.max_seq_length = model.max_seq_length, length
+        """Embeddings of the texts of a length, and those of the tokens of some, in float32 on the CPU."""
+        texts, limit = self.texts[length], model.max_seq_length
+        if limit is not None and length > limit:
+            raise ValueError(f"texts of {length} tokens are longer than the model reads, max_seq_length={limit}")
+        options: dict[str, Any] = {"batch_size": max(1, _TOKENS_PER_BATCH // length)}
+        model.max_seq_length = length
         try:
-            outputs: Any = model.encode(
-                self.texts[length],
-                output_value=None,
-                batch_size=max(1, _TOKENS_PER_BATCH // length),
-                show_progress_bar=self.show_progress_bar,
-            )
+            pooled = model.encode(texts, convert_to_tensor=True, show_progress_bar=self.show_progress_bar, **options)
+            some = evenly_spaced(texts, _TEXTS_FOR_TOKENS)
+            tokens: Any = model.encode(some, output_value="token_embeddings", show_progress_bar=False, **options)
         finally:
             model.max_seq_length = limit
-        pooled = torch.stack([output["sentence_embedding"] for output in outputs]).float().cpu()
-        some = evenly_spaced(outputs, _TEXTS_FOR_TOKENS)
-        tokens = [output["token_embeddings"][output["attention_mask"].bool()].float().cpu() for output in some]
-        return pooled, tokens
+        return pooled.float().cpu(), [x.float().cpu() for x in tokens]
 
 
 def _metric_key(length: int | None, metric: str) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from st_linear.conversion import AttentionCall, linear_attentions, observe_attention
+from st_linear.feature_maps import feature_map_names, make_feature_map
 from st_linear.pair_head import DSEHead, find_dse_head
 from st_linear.transformer import LinearTransformer
 
@@ -304,7 +305,7 @@ class AttentionTransferLoss(nn.Module):
             if not self._maps:
                 raise ValueError(
                     f"feature_map={encoder.feature_map!r} with window=0 has nothing to train; choose a learned map "
-                    "(hedgehog, t2r), a window > 0, or train='all'"
+                    f"({', '.join(_learned_maps())}), a window > 0, or train='all'"
                 )
             model.requires_grad_(False)
             for parameter in self._maps:
@@ -315,6 +316,8 @@ class AttentionTransferLoss(nn.Module):
             self._reference = (copy.deepcopy(encoder.model).requires_grad_(False).eval(),)
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
+        if isinstance(self.model, nn.DataParallel):
+            raise ValueError("AttentionTransferLoss can't run under DataParallel: use torchrun, or one GPU")
         step = self._attention_error if self.target == "attention" else self._hidden_state_error
         with _without_dropout(self.model):
             return torch.stack([step(features) for features in sentence_features]).mean()
@@ -347,7 +350,8 @@ class AttentionTransferLoss(nn.Module):
                 # In full precision, whatever the student learns in.
                 exact = torch.autocast(encoder.model.device.type, enabled=False)
                 with torch.no_grad(), exact, observe_attention(AttentionCall.softmax):
-                    target = self._student[0](features)
+                    # By its class: the method that accelerate puts in its place casts to half precision again.
+                    target = type(self._student[0]).forward(self._student[0], features)
             finally:
                 encoder.model = model
         states = (x["all_layer_embeddings"][1:] for x in (student, target))
@@ -365,6 +369,10 @@ class AttentionTransferLoss(nn.Module):
 
     def get_config_dict(self) -> dict[str, Any]:
         return {"train": self.train_parameters, "target": self.target, "pooled": self.pooled}
+
+
+def _learned_maps() -> list[str]:
+    return [name for name in feature_map_names() if any(True for _ in make_feature_map(name, 1, 2).parameters())]
 
 
 def _relative_error(output: Tensor, target: Tensor, mask: Tensor | None, token_dim: int) -> Tensor:

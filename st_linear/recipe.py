@@ -25,6 +25,7 @@ from sentence_transformers import (
 from sentence_transformers.base.evaluation import BaseEvaluator
 from transformers import TrainerCallback, set_seed
 
+from st_linear.adapters import NO_ADAPTER
 from st_linear.data import evenly_spaced, load_pairs, repeat_to_length, source_name, token_counts, training_sentences
 from st_linear.evaluation import LengthSimilarityEvaluator, correlation
 from st_linear.losses import AttentionTransferLoss, DistillationLoss
@@ -226,6 +227,7 @@ def distil(
         window=student.window,
         exact_layers=student.exact_layers,
         max_seq_length=settings.max_seq_length,
+        adapter=NO_ADAPTER,
         seed=settings.seed,
     )
     _check_lengths(model, pairs, settings)

@@ -17,9 +17,9 @@ from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.base.sampler import DefaultBatchSampler
 from torch import Tensor
-from transformers import EarlyStoppingCallback, ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback
 
+from st_linear.adapters import fingerprint
 from st_linear.conversion import AttentionCall, observe_attention
 from st_linear.data import evenly_spaced, passages
 from st_linear.evaluation import FidelityEvaluator
@@ -95,89 +95,102 @@ def transfer(
     Args:
         model: From :func:`~st_linear.models.convert`, fresh.
         texts: Plain texts by name.
-        folder: Where checkpoints lie meanwhile; it is removed in the end.
+        folder: Where checkpoints lie, new or of the same training. Remove it once the model is saved.
         settings: Budget and aims.
         show_progress_bar: Show progress.
 
     Returns:
         The record, which the model keeps and saves in its adapter.json: settings, texts, fidelity by length before
-        and after on passages held out, steps, seconds, environment.
+        and after on passages held out, steps, the step that this run went on at, its seconds, environment.
 
     Raises:
-        ValueError: If the model has nothing to train, or the texts are too short.
+        ValueError: If the model has nothing to train, the texts are too short, or the folder holds something else.
     """
     settings = settings or TransferSettings()
     encoder: LinearTransformer = model[0]  # type: ignore[assignment]
     _check_lengths(settings, encoder.window, model.max_seq_length)
     training, held_out = _passages(texts, model, settings.lengths)
-    fidelity = FidelityEvaluator(held_out, _softmax_twin(model))
+    asked = {
+        "settings": asdict(settings),
+        "encoder": encoder.get_config_dict(),
+        "fingerprint": fingerprint(encoder.model),
+        "texts": digest(training),
+    }
+    _keep_checkpoints_of(folder, as_json(asked))
+    learns = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     loss = AttentionTransferLoss(
         model, target=settings.target, pooled=settings.pooled if settings.target == "hidden" else 0.0
     )
-    before = _figures(fidelity, model)
-    calibrate(encoder, training[max(training)][:_CALIBRATION_PASSAGES], seed=settings.seed)
-    asked = {"settings": asdict(settings), "encoder": encoder.get_config_dict(), "texts": digest(training)}
-    _keep_checkpoints_of(folder, as_json(asked))
-    started = time.perf_counter()
-    steps = _train(model, loss, fidelity, training, folder, settings, show_progress_bar)
-    record = {
+    try:
+        fidelity = FidelityEvaluator(held_out, _softmax_twin(model))
+        before = _figures(fidelity, model)
+        calibrate(encoder, training[max(training)][:_CALIBRATION_PASSAGES], seed=settings.seed)
+        started = time.perf_counter()
+        resumed_at, steps = _train(model, loss, fidelity, training, folder, settings, show_progress_bar)
+        seconds = time.perf_counter() - started
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(learns[name])
+    after = _figures(fidelity, model)
+    for length, figures in after.items():
+        if figures["cosine"] < before[length]["cosine"]:
+            logger.warning("Training has not helped at %s tokens: cosine %.4f", length, figures["cosine"])
+    encoder.training_record = {
         "settings": as_json(asdict(settings)),
         "texts": {name: len(text) for name, text in texts.items()},
         "passages": {str(length): len(some) for length, some in training.items()},
-        "held_out": {"before": before, "after": _figures(fidelity, model)},
+        "held_out": {"before": before, "after": after},
         "steps": steps,
-        "seconds": time.perf_counter() - started,
+        "resumed_at": resumed_at,
+        "seconds": seconds,
         "environment": environment(),
     }
-    model.requires_grad_(True)
-    encoder.training_record = record
-    shutil.rmtree(folder, ignore_errors=True)
-    return record
+    return encoder.training_record
+
+
+def cut_passages(
+    texts: Mapping[str, str], model: SentenceTransformer, lengths: Sequence[int], most: int
+) -> dict[int, list[str]]:
+    """Passages of some texts, for :func:`check_fidelity`.
+
+    Args:
+        texts: Plain texts by name.
+        model: Whose tokens count.
+        lengths: Tokens of the passages, which follow each other.
+        most: Passages of each length, at most, evenly spaced.
+
+    Returns:
+        The passages by length.
+
+    Raises:
+        ValueError: If a length is more than the texts have, or than the model reads.
+    """
+    whole = "\n".join(texts.values())
+    cut = {}
+    for length in lengths:
+        if model.max_seq_length is not None and length > model.max_seq_length:
+            raise ValueError(f"lengths must be at most max_seq_length={model.max_seq_length}, got {length}")
+        cut[length] = evenly_spaced(passages(whole, model.tokenizer, length), most)
+        if not cut[length]:
+            raise ValueError(f"the texts come to less than one passage of {length} tokens")
+    return cut
 
 
 def check_fidelity(
-    model: SentenceTransformer,
-    texts: Mapping[str, str],
-    lengths: Sequence[int],
-    *,
-    most: int = 1000,
-    show_progress_bar: bool = False,
+    model: SentenceTransformer, cut: Mapping[int, Sequence[str]], *, show_progress_bar: bool = False
 ) -> dict[str, Any]:
     """Compare a converted model's vectors with those of the encoder as it was, on the same positions.
 
     Args:
         model: A converted model whose encoder was not trained.
-        texts: Plain texts by name, others than it was trained on.
-        lengths: Tokens of the passages that they are cut into, from the start.
-        most: Passages of each length, at most, evenly spaced.
+        cut: Passages by length, of texts that it was not trained on; see :func:`cut_passages`.
         show_progress_bar: Show progress.
 
     Returns:
-        ``texts``, their sizes in characters; ``figures``, by length; ``environment``.
+        ``figures``, by length, and ``environment``.
     """
-    whole = "\n".join(texts.values())
-    cut = {length: passages(whole, model.tokenizer, length) for length in lengths}
-    for length, some in cut.items():
-        if not some:
-            raise ValueError(f"the texts come to less than one passage of {length} tokens")
-    chosen = {length: evenly_spaced(some, most) for length, some in cut.items()}
-    fidelity = FidelityEvaluator(chosen, _softmax_twin(model), show_progress_bar=show_progress_bar)
-    return {
-        "texts": {name: len(text) for name, text in texts.items()},
-        "figures": _figures(fidelity, model),
-        "environment": environment(),
-    }
-
-
-def _softmax_twin(model: SentenceTransformer) -> SentenceTransformer:
-    """The same model with exact attention: positions and length are those of the conversion."""
-    encoder: LinearTransformer = model[0]  # type: ignore[assignment]
-    return convert(
-        model,
-        feature_map="softmax",
-        max_seq_length=model.max_seq_length,
-        position_extension=encoder.position_extension,
-    )
+    fidelity = FidelityEvaluator(cut, _softmax_twin(model), show_progress_bar=show_progress_bar)
+    return {"figures": _figures(fidelity, model), "environment": environment()}
 
 
 @torch.no_grad()
@@ -206,7 +219,7 @@ def calibrate(encoder: LinearTransformer, texts: Sequence[str], *, seed: int = 0
 
     encoder.eval()
     with observe_attention(see):
-        encoder.model(input_ids=inputs, attention_mask=torch.ones_like(inputs))
+        encoder({"input_ids": inputs, "attention_mask": torch.ones_like(inputs)})
 
 
 def _train(
@@ -217,8 +230,8 @@ def _train(
     folder: Path,
     settings: TransferSettings,
     show_progress_bar: bool,
-) -> int:
-    """Train, and return the number of steps."""
+) -> tuple[int, int]:
+    """Train, and return the step that it began at and the one that it ended at."""
     every = math.ceil(settings.steps / settings.evaluations)
     texts = [text for some in training.values() for text in some]
     groups = _batches(training, settings.tokens_per_step)
@@ -242,12 +255,15 @@ def _train(
         load_best_model_at_end=True,
         metric_for_best_model=f"eval_{fidelity.primary_metric}",
         greater_is_better=True,
+        restore_callback_states_from_checkpoint=True,
         logging_strategy="no",
         report_to="none",
         disable_tqdm=not show_progress_bar,
         dataloader_pin_memory=torch.cuda.is_available(),
         seed=settings.seed,
     )
+    # Several GPUs in one process would be DataParallel, which takes packed texts apart.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
     trainer = SentenceTransformerTrainer(
         model=model,
         args=arguments,
@@ -256,22 +272,54 @@ def _train(
         evaluator=fidelity,
         callbacks=[EarlyStoppingCallback(settings.patience)],
     )
-    trainer.remove_callback(ProgressCallback)
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
     if show_progress_bar:
         trainer.add_callback(_Bar(fidelity))
-    checkpoint = get_last_checkpoint(str(folder))
+    checkpoint = _last_whole_checkpoint(folder)
     if checkpoint is not None:
         logger.warning("Going on from %s", checkpoint)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    return trainer.state.global_step
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    finally:
+        # Under bfloat16 accelerate gives the model a forward method of its own, and leaves it there.
+        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    return 0 if checkpoint is None else _step_of(checkpoint), trainer.state.global_step
 
 
 def _keep_checkpoints_of(folder: Path, asked: dict[str, Any]) -> None:
-    """Empty the folder, unless the checkpoints in it are of the same training."""
+    """Empty the folder of checkpoints, unless they are of the same training.
+
+    Raises:
+        ValueError: If it holds anything, and was not made here.
+    """
     path = folder / "asked.json"
+    if folder.is_dir() and any(folder.iterdir()) and not path.is_file():
+        raise ValueError(f"{folder} holds files, and no checkpoints of an attention transfer: name another folder")
     if not path.is_file() or read_json(path) != asked:
         shutil.rmtree(folder, ignore_errors=True)
         write_json(path, asked)
+
+
+def _last_whole_checkpoint(folder: Path) -> Path | None:
+    """The last checkpoint whose every file was written: the Trainer's state comes last."""
+    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    return max(whole, key=_step_of, default=None)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.partition("-")[2])
+
+
+def _softmax_twin(model: SentenceTransformer) -> SentenceTransformer:
+    """The same model with exact attention: positions and length are those of the conversion."""
+    encoder: LinearTransformer = model[0]  # type: ignore[assignment]
+    return convert(
+        model,
+        feature_map="softmax",
+        max_seq_length=model.max_seq_length,
+        position_extension=encoder.position_extension,
+    )
 
 
 class _Bar(ProgressCallback):
@@ -336,13 +384,17 @@ def _passages(
 
     training = {length: cut(rest, length) for length in lengths}
     kept = {length: cut(held, length) for length in lengths}
+    for length, some in kept.items():
+        if not some:
+            raise ValueError(f"no passage of {length} tokens is in those of {max(lengths)}: choose other lengths")
     return training, {length: evenly_spaced(some, max(1, _HELD_OUT_TOKENS // length)) for length, some in kept.items()}
 
 
 def _check_lengths(settings: TransferSettings, window: int, max_seq_length: int | None) -> None:
     for length in settings.lengths:
-        if length <= 3 * window:
-            raise ValueError(f"lengths must be more than three windows, {3 * window} tokens, got {length}")
+        # A passage may be shorter than its length by most of a word, and must still be longer than three windows.
+        if length < 4 * window:
+            raise ValueError(f"lengths must be at least four windows, {4 * window} tokens, got {length}")
         if max_seq_length is not None and length > max_seq_length:
             raise ValueError(f"lengths must be at most max_seq_length={max_seq_length}, got {length}")
 

@@ -103,6 +103,9 @@ class LinearTransformer(Transformer):
     training_record: dict[str, Any]
     """How the linear attention was trained, as its adapter records it; empty where it was not."""
 
+    base_encoder: dict[str, Any]
+    """What the encoder was called that was converted, and its revision where one is known."""
+
     config_keys: list[str] = [
         *Transformer.config_keys,
         "feature_map",
@@ -153,7 +156,9 @@ class LinearTransformer(Transformer):
         if missing:
             raise ValueError(f"{model_name_or_path} lacks weights of the encoder: {some_of(missing)}")
         self._base = (str(model_name_or_path), hub_kwargs_of(kwargs.get("model_kwargs")))
-        self._convert(adapter, **settings)
+        # A revision is the base model's.
+        hub_kwargs = {name: value for name, value in self._base[1].items() if name != "revision"}
+        self._convert(adapter, hub_kwargs, **settings)
 
     @classmethod
     def from_transformer(cls, transformer: Transformer, **settings: Any) -> LinearTransformer:
@@ -176,17 +181,17 @@ class LinearTransformer(Transformer):
             logger.warning("The model was converted before: what its feature maps have learned is not carried over.")
         module = cls.__new__(cls)
         module.__dict__ = copy.deepcopy(transformer).__dict__
-        module._convert(adapter, **settings)
+        module._convert(adapter, {}, **settings)
         return module
 
-    def _convert(self, source: str | None, **settings: Any) -> None:
+    def _convert(self, source: str | None, hub_kwargs: dict[str, Any], **settings: Any) -> None:
         """Take what the settings leave open from an adapter, if there is one, and convert the encoder."""
         given = {name: settings[name] for name in ADAPTER_SETTINGS}
         adapter = None
         if source is None:
             adapter = bundled_adapter_for(self.model, given)
         elif source != NO_ADAPTER:
-            adapter = Adapter.load(source)
+            adapter = Adapter.load(source, **hub_kwargs)
             adapter.refuse_other_base(self.model)
         if adapter is not None:
             settings |= adapter.settings_with(given)
@@ -194,7 +199,7 @@ class LinearTransformer(Transformer):
         self._linearise(**_with_defaults(settings))
         if adapter is not None:
             self._load_linear_weights(adapter.weights)
-            self.training_record = adapter.training
+            self.training_record, self.base_encoder = adapter.training, adapter.base
 
     def _linearise(
         self,
@@ -215,6 +220,8 @@ class LinearTransformer(Transformer):
         self.seed = seed
         self.num_truncated = 0
         self.training_record = {}
+        revision = getattr(self.model.config, "_commit_hash", None)
+        self.base_encoder = {"name": self.model.config._name_or_path, "revision": revision}
         linearise(
             self.model,
             feature_map=feature_map,
@@ -357,8 +364,7 @@ class LinearTransformer(Transformer):
         added = {name: tensor.contiguous() for name, tensor in added.items()}
         with atomic_path(os.path.join(output_path, WEIGHTS_NAME)) as temporary:
             save_file(added, temporary, metadata={"format": "pt", **self._kernel_settings()})
-        base = {"name": self.config._name_or_path, "revision": getattr(self.config, "_commit_hash", None)}
-        config = describe(self.model, self.get_config_dict(), base, self.training_record)
+        config = describe(self.model, self.get_config_dict(), self.base_encoder, self.training_record)
         write_json(os.path.join(output_path, CONFIG_NAME), config)
         self.save_config(output_path)
 
@@ -384,6 +390,8 @@ class LinearTransformer(Transformer):
         module._load_linear_weights(weights)
         config = read_json_file(model_name_or_path, CONFIG_NAME, subfolder, **hub_kwargs_of(kwargs)) or {}
         module.training_record = config.get("training") or {}
+        base = {name: value for name, value in (config.get("base") or {}).items() if name != "fingerprint"}
+        module.base_encoder = base or module.base_encoder
         return module
 
     def _load_linear_weights(self, path: str) -> None:

@@ -110,8 +110,12 @@ class TestBase:
         assert len(samples) >= 8 * 5
         assert fingerprint(second[0].model) == samples
 
-    def test_names_are_kept(self, bert: str, adapter: str) -> None:
-        assert Adapter.load(adapter).base == {"name": bert, "revision": None}
+    def test_names_are_kept(self, bert: str, adapter: str, tmp_path: Path) -> None:
+        base = {"name": bert, "revision": None}
+        assert Adapter.load(adapter).base == base
+        load(adapter).save_pretrained(str(tmp_path / "again"))
+        convert(bert, adapter=adapter).save_pretrained(str(tmp_path / "adapted"))
+        assert Adapter.load(str(tmp_path / "again")).base == Adapter.load(str(tmp_path / "adapted")).base == base
 
 
 class TestBundled:
@@ -176,5 +180,5 @@ class TestFiles:
         (tmp_path / "adapter" / CONFIG_NAME).unlink()
         with refused(f"holds no {CONFIG_NAME}"):
             convert(bert, adapter=str(tmp_path / "adapter"))
-        with refused("holds no linear_attention.safetensors: pass the folder or hub id of an adapter, or: tiny-bert"):
+        with refused("holds no linear_attention.safetensors: pass the folder or hub id of an adapter, or tiny-bert"):
             convert(bert, adapter=bert)

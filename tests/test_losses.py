@@ -802,8 +802,8 @@ class TestTransferArguments:
     def test_maps_without_parameters_are_refused(self, bert: str, feature_map: str) -> None:
         model = learner(bert, feature_map=feature_map, window=0)
         with refused(
-            f"feature_map={feature_map!r} with window=0 has nothing to train; choose a learned map (hedgehog, t2r), "
-            "a window > 0, or train='all'"
+            f"feature_map={feature_map!r} with window=0 has nothing to train; choose a learned map (learned_favor, "
+            "hedgehog, t2r), a window > 0, or train='all'"
         ):
             AttentionTransferLoss(model)
         # A refusal freezes nothing.

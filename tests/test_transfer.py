@@ -10,17 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import WORDS, refused
+from conftest import FAMILIES, WORDS, refused
 from sentence_transformers import SentenceTransformer
 from torch.nn import functional as F
 from torch.testing import assert_close
 from transformers import TrainerCallback
 
 from st_linear import convert, load, transfer
-from st_linear.conversion import split_state_dict
+from st_linear.conversion import AttentionCall, split_state_dict
 from st_linear.data import token_counts
 from st_linear.evaluation import FidelityEvaluator
-from st_linear.transfer import TransferSettings, check_fidelity
+from st_linear.transfer import TransferSettings, check_fidelity, cut_passages
 
 SETTINGS = TransferSettings(steps=12, lengths=(48, 96), tokens_per_step=384, evaluations=3, half=False)
 CONVERSION: dict[str, Any] = {
@@ -59,7 +59,6 @@ class TestTransfer:
         plain, _ = split_state_dict(model[0].model)
         assert_close(plain, split_state_dict(convert(bert, **CONVERSION)[0].model)[0], rtol=0, atol=0)
         assert all(parameter.requires_grad for parameter in model.parameters())
-        assert not (tmp_path / "training").exists()
         assert record["steps"] == 12
         assert record["texts"] == {"book.txt": len(book["book.txt"])}
 
@@ -110,11 +109,84 @@ class TestTransfer:
         assert seen == list(range(5, 13))
         assert_close(split_state_dict(resumed[0].model), split_state_dict(whole[0].model), rtol=0, atol=1e-6)
 
+    @pytest.mark.parametrize("other", ["settings", "encoder"])
     def test_another_training_starts_anew(
+        self, bert: str, save_encoder: Callable[..., str], book: dict[str, str], tmp_path: Path, other: str
+    ) -> None:
+        run(convert(bert, **CONVERSION), book, tmp_path / "training", steps=2, evaluations=1)
+        config = FAMILIES["bert"]()
+        config.initializer_range = 0.2
+        base = save_encoder(config) if other == "encoder" else bert
+        model = convert(base, **CONVERSION)
+        changes = {"learning_rate": 1e-3} if other == "settings" else {}
+        record = run(model, book, tmp_path / "training", steps=2, evaluations=1, **changes)
+        assert (record["steps"], record["resumed_at"]) == (2, 0)
+        plain, _ = split_state_dict(model[0].model)
+        assert_close(plain, split_state_dict(convert(base, **CONVERSION)[0].model)[0], rtol=0, atol=0)
+
+    def test_it_takes_nobodys_files(self, model: SentenceTransformer, book: dict[str, str], tmp_path: Path) -> None:
+        (tmp_path / "mine").write_text("")
+        with refused(f"{tmp_path} holds files, and no checkpoints of an attention transfer"):
+            run(model, book, tmp_path)
+        assert (tmp_path / "mine").is_file()
+
+    def test_a_checkpoint_that_was_cut_short_is_passed_over(
         self, model: SentenceTransformer, book: dict[str, str], tmp_path: Path
     ) -> None:
-        (tmp_path / "checkpoint-4").mkdir()
-        assert run(model, book, tmp_path, steps=2, evaluations=1)["steps"] == 2
+        run(model, book, tmp_path / "training", steps=4, evaluations=1)
+        (tmp_path / "training" / "checkpoint-9").mkdir()
+        assert run(model, book, tmp_path / "training", steps=4, evaluations=1)["resumed_at"] == 4
+
+    def test_half_precision_is_for_the_training_alone(
+        self, model: SentenceTransformer, book: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        dtypes: dict[str, set[torch.dtype]] = {"softmax": set(), "linear": set()}
+        for name, seen in dtypes.items():
+            method = getattr(AttentionCall, name)
+            monkeypatch.setattr(
+                AttentionCall, name, lambda call, seen=seen, method=method: seen.add(call.query.dtype) or method(call)
+            )
+        run(model, book, tmp_path / "training", steps=2, evaluations=1, half=True)
+        assert dtypes == {"softmax": {torch.float32}, "linear": {torch.float32, torch.bfloat16}}
+        dtypes["linear"].clear()
+        model.encode(["ba be " * 40])
+        assert dtypes["linear"] == {torch.float32}
+
+    def test_what_was_frozen_stays_so(self, model: SentenceTransformer, book: dict[str, str], tmp_path: Path) -> None:
+        model[0].model.embeddings.requires_grad_(False)
+        learns = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        run(model, book, tmp_path / "training", steps=1, evaluations=1)
+        assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == learns
+
+    def test_without_a_progress_bar_it_says_nothing(
+        self, model: SentenceTransformer, book: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        run(model, book, tmp_path / "training", steps=1, evaluations=1)
+        assert capsys.readouterr().out == ""
+
+    @pytest.mark.parametrize(
+        ("family", "options"),
+        [
+            ("roberta", {}),
+            ("albert", {}),
+            ("modernbert", {}),
+            ("nomic-bert", {}),
+            ("bert", {"window": 0}),
+            ("bert", {"exact_layers": [1]}),
+        ],
+    )
+    def test_other_encoders_and_settings(
+        self,
+        encoder_folder: Callable[[str], str],
+        book: dict[str, str],
+        tmp_path: Path,
+        family: str,
+        options: dict[str, Any],
+    ) -> None:
+        model = convert(encoder_folder(family), **{**CONVERSION, **options})
+        record = run(model, book, tmp_path / "training", steps=24)
+        before, after = (record["held_out"][when]["96"]["cosine"] for when in ("before", "after"))
+        assert after > before
 
     def test_held_out_text_is_not_trained_on(self, model: SentenceTransformer, book: dict[str, str]) -> None:
         training, held_out = transfer._passages(book, model, SETTINGS.lengths)
@@ -132,7 +204,7 @@ class TestTransfer:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"lengths": (24,)}, "lengths must be more than three windows, 24 tokens, got 24"),
+            ({"lengths": (31, 48)}, "lengths must be at least four windows, 32 tokens, got 31"),
             ({"lengths": (48, 400)}, "lengths must be at most max_seq_length=200, got 400"),
             ({"lengths": ()}, "lengths is empty: name at least one"),
             ({"steps": 0}, "steps must be positive, got 0"),
@@ -189,9 +261,15 @@ class TestFidelity:
                 FidelityEvaluator(texts, model)
 
     def test_other_texts(self, model: SentenceTransformer, book: dict[str, str]) -> None:
-        record = check_fidelity(model, book, (40, 80), most=6)
+        record = check_fidelity(model, cut_passages(book, model, (40, 80), most=6))
         assert set(record["figures"]) == {"40", "80"}
         assert record["figures"]["40"]["n"] == 6
         assert 0 < record["figures"]["80"]["cosine"] < 1
         with refused("the texts come to less than one passage of 190 tokens"):
-            check_fidelity(model, {"a": "ba be"}, (190,))
+            cut_passages({"a": "ba be"}, model, (190,), most=6)
+        with refused("lengths must be at most max_seq_length=200, got 201"):
+            cut_passages(book, model, (201,), most=6)
+
+    def test_a_model_that_reads_less_is_refused(self, bert: str, model: SentenceTransformer) -> None:
+        with refused("texts of 90 tokens are longer than the model reads, max_seq_length=64"):
+            FidelityEvaluator({90: ["ba"]}, SentenceTransformer(bert))

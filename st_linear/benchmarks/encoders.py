@@ -15,6 +15,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import batch_to_device
 from torch import Tensor
 
+from st_linear.adapters import NO_ADAPTER
 from st_linear.benchmarks.contenders import MapSpec, performer_attention
 from st_linear.benchmarks.settings import Settings
 from st_linear.benchmarks.timing import Step
@@ -185,7 +186,7 @@ class Encoders:
 
     def _convert(self, **options: Any) -> SentenceTransformer:
         options = {"window": 0, "max_seq_length": self.max_seq_length, "seed": self.settings.seed, **options}
-        return convert(self.base, **options)
+        return convert(self.base, adapter=NO_ADAPTER, **options)
 
 
 def encoder_workloads(settings: Settings) -> Iterator[Workload]:
