@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from sentence_transformers.util import load_file_path
 from torch import Tensor, nn
 
 from st_linear.checkpoints import read_json_file
 from st_linear.conversion import split_state_dict
+from st_linear.records import atomic_path, write_json
 
 WEIGHTS_NAME = "linear_attention.safetensors"
 """File that holds what linear attention adds to a plain transformers checkpoint."""
@@ -149,6 +151,33 @@ def fingerprint(model: nn.Module) -> list[float]:
     return [float(f"{value:.6g}") for value in torch.cat(samples).tolist()]
 
 
+def export_adapter(encoder: Any, folder: str | Path) -> None:
+    """Write the adapter of a converted encoder alone: two files, of one or two megabytes for a small encoder.
+
+    Matrices are rounded to float16; biases and gains, which may be large and go into exponents, stay in float32.
+
+    Args:
+        encoder: The first module of a converted model.
+        folder: Where; made if it is not there.
+
+    Raises:
+        ValueError: If no layer is linear.
+    """
+    _, added = split_state_dict(encoder.model)
+    if not added:
+        raise ValueError("the model has no linear attention, and so no adapter: convert it first")
+    tensors = {
+        name: tensor.to(
+            torch.float16 if tensor.ndim == 3 and 1 not in tensor.shape[1:] else torch.float32
+        ).contiguous()
+        for name, tensor in added.items()
+    }
+    with atomic_path(Path(folder) / WEIGHTS_NAME) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+    config = describe(encoder.model, encoder.get_config_dict(), encoder.base_encoder, encoder.training_record)
+    write_json(Path(folder) / CONFIG_NAME, config)
+
+
 def describe(
     model: nn.Module, settings: dict[str, Any], base: dict[str, Any], training: dict[str, Any]
 ) -> dict[str, Any]:
@@ -159,6 +188,11 @@ def describe(
         "training": training,
         "base": {**base, "fingerprint": fingerprint(model)},
     }
+
+
+def _is_matrix(tensor: Tensor) -> bool:
+    """Whether a tensor holds a matrix for each head, rather than a row or a number."""
+    return tensor.ndim == 3 and 1 not in tensor.shape[1:]
 
 
 def _agree(given: Any, own: Any) -> bool:

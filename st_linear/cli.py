@@ -177,6 +177,10 @@ def convert(
         str, typer.Option(help="Tokens of the passages that it is measured on, comma-separated.")
     ] = "512,2048,8192",
     check_passages: Annotated[int, typer.Option(help="Passages of each of these lengths, at most.")] = 1000,
+    export_adapter: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Write the adapter alone, too, in a folder of its own."),
+    ] = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -188,8 +192,7 @@ def convert(
     Example: `st-linear convert BAAI/bge-small-en-v1.5 bge-small-linear --texts my-texts`
     """
     import st_linear
-    from st_linear import transfer
-    from st_linear.adapters import NO_ADAPTER
+    from st_linear import adapters, transfer
     from st_linear.conversion import linear_attentions
     from st_linear.data import load_texts
     from st_linear.models import check_model_folder, save_model
@@ -205,9 +208,9 @@ def convert(
     training = None if texts is None else load_texts(texts)
     other_texts = None if check_texts is None else load_texts(check_texts)
     if training is not None:
-        if adapter not in (None, NO_ADAPTER):
+        if adapter not in (None, adapters.NO_ADAPTER):
             raise ValueError(f"--texts trains a conversion, --adapter {adapter} brings one: pass either")
-        adapter = NO_ADAPTER
+        adapter = adapters.NO_ADAPTER
         feature_map = transfer.FEATURE_MAP if feature_map is None else feature_map
         window = transfer.WINDOW if window is None else window
         if feature_map == transfer.FEATURE_MAP and num_features is None:
@@ -248,6 +251,8 @@ def convert(
         encoder.training_record["other_texts"] = result.get("fidelity")
     save_model(converted, output)
     shutil.rmtree(checkpoints, ignore_errors=True)
+    if export_adapter is not None:
+        adapters.export_adapter(encoder, export_adapter)
     for title, figures in _fidelity_of(result).items():
         _add_fidelity(table, title, figures)
     _show(table, result, as_json)

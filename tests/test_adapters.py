@@ -15,7 +15,7 @@ from sentence_transformers import SentenceTransformer
 from torch.testing import assert_close
 
 from st_linear import LinearTransformer, adapters, convert, load
-from st_linear.adapters import CONFIG_NAME, Adapter, bundled_adapters, fingerprint
+from st_linear.adapters import CONFIG_NAME, Adapter, bundled_adapters, export_adapter, fingerprint
 from st_linear.conversion import linear_attentions, split_state_dict
 
 OWN: dict[str, Any] = {"feature_map": "learned_favor", "feature_map_kwargs": {"num_features": 12}, "window": 8}
@@ -146,6 +146,24 @@ class TestBundled:
         model = convert(bert, adapter="none", **OWN)
         model.save_pretrained(str(tmp_path / "saved"))
         assert_close(learned(load(str(tmp_path / "saved"))), learned(model), rtol=0, atol=0)
+
+
+class TestExport:
+    def test_matrices_are_rounded_and_the_rest_is_not(self, bert: str, adapter: str, tmp_path: Path) -> None:
+        model = load(adapter)
+        export_adapter(model[0], tmp_path / "alone")
+        exported = learned(convert(bert, adapter=str(tmp_path / "alone")))
+        for name, tensor in learned(model).items():
+            matrix = name.endswith("_weight")
+            expected = tensor.half().float() if matrix else tensor
+            assert_close(exported[name], expected, rtol=0, atol=0)
+            assert matrix == (tensor.ndim == 3 and 1 not in tensor.shape)
+        sizes = [(tmp_path / name / adapters.WEIGHTS_NAME).stat().st_size for name in ("alone", adapter)]
+        assert sizes[0] < 0.7 * sizes[1]
+
+    def test_softmax_has_none(self, bert: str, tmp_path: Path) -> None:
+        with refused("the model has no linear attention, and so no adapter: convert it first"):
+            export_adapter(convert(bert, feature_map="softmax")[0], tmp_path)
 
 
 class TestFiles:

@@ -138,19 +138,26 @@ class TestTrainedConversion:
 
     def test_json_and_the_adapter_that_it_makes(self, run: Callable[..., tuple[int, str, str]], place: Path) -> None:
         before = files(place)
-        code, out, _ = run(f"{self.LINE} --json")
+        code, out, _ = run(f"{self.LINE} --json --export-adapter small")
         assert code == 0
         result = json.loads(out)
         assert (result["feature_map"], result["window"]) == ("learned_favor", 8)
         assert result["training"]["steps"] == 6
         assert result["training"]["settings"]["lengths"] == [48, 96]
         assert result["fidelity"]["figures"]["40"]["n"] == 5
-        assert {path.split("/")[0] for path in files(place) - before} == {"out"}
+        assert {path.split("/")[0] for path in files(place) - before} == {"out", "small"}
+        assert sorted(path.name for path in (place / "small").iterdir()) == [
+            "adapter.json",
+            "linear_attention.safetensors",
+        ]
         trained = st_linear.load("out")
         assert trained[0].training_record == result["training"]
         adapted = st_linear.convert("bert", adapter="out")
         text = " ".join(WORDS * 5)
         assert abs(adapted.encode(text) - trained.encode(text)).max() < 1e-6
+        rounded = st_linear.convert("bert", adapter="small")
+        assert abs(rounded.encode(text) - trained.encode(text)).max() < 1e-3
+        assert rounded[0].training_record == trained[0].training_record
         assert abs(st_linear.convert("bert", window=8).encode(text) - trained.encode(text)).max() > 1e-4
 
     def test_table(self, run: Callable[..., tuple[int, str, str]]) -> None:
