@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -439,15 +440,24 @@ class FidelityEvaluator(BaseEvaluator):
         texts, limit = self.texts[length], model.max_seq_length
         if limit is not None and length > limit:
             raise ValueError(f"texts of {length} tokens are longer than the model reads, max_seq_length={limit}")
-        options: dict[str, Any] = {"batch_size": max(1, _TOKENS_PER_BATCH // length)}
+        # The vectors of all tokens of all texts may be more than memory holds.
+        whole = set(evenly_spaced(range(len(texts)), _TEXTS_FOR_TOKENS))
+        encode = partial(
+            model.encode,
+            batch_size=max(1, _TOKENS_PER_BATCH // length),
+            show_progress_bar=self.show_progress_bar,
+        )
         model.max_seq_length = length
         try:
-            pooled = model.encode(texts, convert_to_tensor=True, show_progress_bar=self.show_progress_bar, **options)
-            some = evenly_spaced(texts, _TEXTS_FOR_TOKENS)
-            tokens: Any = model.encode(some, output_value="token_embeddings", show_progress_bar=False, **options)
+            outputs: Any = encode([texts[index] for index in sorted(whole)], output_value=None)
+            pooled = {index: output["sentence_embedding"] for index, output in zip(sorted(whole), outputs)}
+            rest = [index for index in range(len(texts)) if index not in whole]
+            if rest:
+                pooled |= zip(rest, encode([texts[index] for index in rest], convert_to_tensor=True))
         finally:
             model.max_seq_length = limit
-        return pooled.float().cpu(), [x.float().cpu() for x in tokens]
+        tokens = [output["token_embeddings"][output["attention_mask"].bool()].float().cpu() for output in outputs]
+        return torch.stack([pooled[index] for index in range(len(texts))]).float().cpu(), tokens
 
 
 def _metric_key(length: int | None, metric: str) -> str:

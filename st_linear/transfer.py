@@ -35,7 +35,7 @@ FEATURE_MAP, NUM_FEATURES, WINDOW = "learned_favor", 128, 128
 
 # Of the text, every so many-th block of passages is held out of training.
 _HELD_OUT_EVERY = 8
-_HELD_OUT_TOKENS = 24_576
+_HELD_OUT_TOKENS = 16_384
 """Tokens of each length's passages that fidelity is measured on, about."""
 
 _CALIBRATION_PASSAGES = 2

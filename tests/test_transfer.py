@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 from transformers import TrainerCallback
 
-from st_linear import convert, load, transfer
+from st_linear import convert, evaluation, load, transfer
 from st_linear.conversion import AttentionCall, split_state_dict
 from st_linear.data import token_counts
 from st_linear.evaluation import FidelityEvaluator
@@ -248,6 +248,22 @@ class TestFidelity:
                 nearest.append(set(similarity.topk(3).indices.tolist()))
             shared.append(len(nearest[0] & nearest[1]) / 3)
         assert figures["neighbours_3"] == pytest.approx(sum(shared) / 12)
+
+    def test_tokens_of_some_texts_are_enough(
+        self, bert: str, text: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        texts = [text(40 + seed, seed) for seed in range(7)]
+        model, reference = convert(bert, window=8, max_seq_length=64), SentenceTransformer(bert)
+        whole = FidelityEvaluator({50: texts}, reference)
+        whole(model)
+        monkeypatch.setattr(evaluation, "_TEXTS_FOR_TOKENS", 3)
+        some = FidelityEvaluator({50: texts}, reference)
+        some(model)
+        for key in ("cosine", "cosine_p5"):
+            assert some.results[50][key] == pytest.approx(whole.results[50][key], abs=1e-5)
+        few = FidelityEvaluator({50: [texts[index] for index in (0, 2, 4)]}, reference)
+        few(model)
+        assert some.results[50]["token_cosine"] == pytest.approx(few.results[50]["token_cosine"], abs=1e-5)
 
     def test_a_model_is_like_itself(self, model: SentenceTransformer, text: Callable[..., str]) -> None:
         evaluator = FidelityEvaluator({90: [text(90, seed) for seed in range(5)]}, model)
