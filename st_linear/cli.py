@@ -162,7 +162,7 @@ def convert(
         Optional[Path],  # noqa: UP045
         typer.Option(help="Train the conversion on plain texts: a .txt file, or a folder of some."),
     ] = None,
-    steps: Annotated[int, typer.Option(help="Steps of that training, at most.")] = 300,
+    steps: Annotated[int, typer.Option(help="Steps of that training, at most.")] = 250,
     train_lengths: Annotated[
         str, typer.Option(help="Tokens of the passages that it trains on, comma-separated.")
     ] = "512,2048,4096",

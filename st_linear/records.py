@@ -18,6 +18,8 @@ from typing import Any, NoReturn
 
 import torch
 
+_VARIABLES = ("OMP_NUM_THREADS", "THP_MEM_ALLOC_ENABLE", "MALLOC_MMAP_THRESHOLD_", "LD_PRELOAD")
+
 
 def environment() -> dict[str, Any]:
     """
@@ -25,7 +27,8 @@ def environment() -> dict[str, Any]:
 
     Returns:
         The versions of ``st_linear``, ``torch``, ``transformers``, ``sentence_transformers`` and ``python``;
-        ``platform``, ``device`` (the accelerator, else the processor) and ``threads``; ``git_commit`` and
+        ``platform``, ``device`` (the accelerator, else the processor) and ``threads``; ``variables`` of the
+        environment that change how memory is allocated and threads run, where they are set; ``git_commit`` and
         ``git_dirty`` (tracked files differ from that commit) of the checkout that st_linear is imported from, both
         None outside a checkout; ``time_utc`` in ISO 8601.
     """
@@ -40,6 +43,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "device": _device_name(),
         "threads": torch.get_num_threads(),
+        "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
         "git_commit": commit,
         "git_dirty": dirty,
         "time_utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),

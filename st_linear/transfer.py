@@ -58,13 +58,13 @@ class TransferSettings:
         seed: Of everything random.
     """
 
-    steps: int = 300
+    steps: int = 250
     lengths: tuple[int, ...] = (512, 2048, 4096)
     tokens_per_step: int = 4096
     learning_rate: float = 1e-2
     target: Target = "hidden"
     pooled: float = 10.0
-    evaluations: int = 6
+    evaluations: int = 5
     patience: int = 2
     half: bool | None = None
     seed: int = 0

@@ -17,6 +17,7 @@ from torch.testing import assert_close
 from st_linear import LinearTransformer, adapters, convert, load
 from st_linear.adapters import CONFIG_NAME, Adapter, bundled_adapters, export_adapter, fingerprint
 from st_linear.conversion import linear_attentions, split_state_dict
+from st_linear.data import load_pairs, passages, training_sentences
 
 OWN: dict[str, Any] = {"feature_map": "learned_favor", "feature_map_kwargs": {"num_features": 12}, "window": 8}
 RECORD = {"texts": "some", "fidelity": {"512": {"cosine": 0.99}}}
@@ -146,6 +147,34 @@ class TestBundled:
         model = convert(bert, adapter="none", **OWN)
         model.save_pretrained(str(tmp_path / "saved"))
         assert_close(learned(load(str(tmp_path / "saved"))), learned(model), rtol=0, atol=0)
+
+
+class TestAllMiniLM:
+    """The adapter that comes with st_linear, on the model that it is for."""
+
+    @pytest.fixture(scope="class")
+    def model(self, minilm: str) -> SentenceTransformer:
+        return convert(minilm)
+
+    def test_is_the_default_and_small(self, model: SentenceTransformer) -> None:
+        assert bundled_adapters() == ["all-MiniLM-L6-v2"]
+        adapter = Adapter.load("all-MiniLM-L6-v2")
+        assert model[0].training_record == adapter.training
+        assert (model[0].feature_map, model[0].window) == ("learned_favor", 128)
+        assert sum(path.stat().st_size for path in Path(adapter.weights).parent.iterdir()) <= 2 * 2**20
+
+    def test_texts_within_two_windows_keep_their_vectors(self, model: SentenceTransformer, minilm: str) -> None:
+        original = SentenceTransformer(minilm)
+        texts = ["A plane is taking off.", "The bridge was closed after the storm. " * 25]
+        assert_close(model.encode(texts), original.encode(texts), rtol=0, atol=1e-5)
+
+    @pytest.mark.parametrize(("length", "least"), [(512, 0.98), (2048, 0.95)])
+    def test_long_texts_come_close(self, model: SentenceTransformer, minilm: str, length: int, least: float) -> None:
+        sentences = training_sentences(load_pairs("sample", "train"))
+        texts = passages(" ".join(sentences), model.tokenizer, length)[:3]
+        softmax = convert(minilm, feature_map="softmax")
+        vectors = (torch.from_numpy(x.encode(texts)) for x in (model, softmax))
+        assert torch.nn.functional.cosine_similarity(*vectors).min() > least
 
 
 class TestExport:

@@ -21,13 +21,17 @@ from st_linear.records import (
 )
 
 
-def test_environment_is_json_and_says_where_we_are() -> None:
+def test_environment_is_json_and_says_where_we_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in records._VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "1")
     told = environment()
     assert json.loads(json.dumps(told, allow_nan=False)) == told
     assert told["torch"] == torch.__version__
     assert told["python"] == ".".join(map(str, sys.version_info[:3]))
     assert told["threads"] == torch.get_num_threads()
     assert told["device"]
+    assert told["variables"] == {"THP_MEM_ALLOC_ENABLE": "1"}
     assert datetime.fromisoformat(told["time_utc"]).utcoffset() == timedelta(0)
     assert all(told[name][0].isdigit() for name in ("transformers", "sentence_transformers"))
 
