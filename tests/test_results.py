@@ -69,3 +69,14 @@ def test_rows_of_speed_stand_in_those_tables(page: str) -> None:
     quoted = [line for line in text.splitlines() if re.match(r"\| (\d|sts-)", line)]
     assert quoted
     assert [line for line in quoted if line not in tables] == []
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/conversion.md"])
+def test_rows_of_fidelity_are_made_from_the_record(page: str) -> None:
+    record = json.loads((RESULTS / "conversion" / "all-MiniLM-L6-v2.json").read_text(encoding="utf-8"))
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for length, figures in record["fidelity"]["figures"].items():
+        cells = [f"{int(length):,} tokens", f"{figures['n']:.0f}"]
+        cells += [f"{figures[key]:.4f}" for key in ("cosine", "cosine_p5", "token_cosine")]
+        cells += [f"{figures['neighbours_10']:.1%}" if "neighbours_10" in figures else "–"]
+        assert f"| of {' | '.join(cells)} |" in text
