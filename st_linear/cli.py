@@ -227,7 +227,7 @@ def convert(
     )
     encoder: Any = converted[0]
     result = {
-        "model": model,
+        "model": base_name(model),
         "output": str(output),
         "feature_map": encoder.feature_map,
         "window": encoder.window,
@@ -245,7 +245,8 @@ def convert(
         result["training"] = transfer.transfer(converted, training, checkpoints, settings=settings)
     if checking:
         _say("Comparing with the encoder as it was")
-        result["fidelity"] = transfer.check_fidelity(converted, checking, show_progress_bar=True)
+        measured = transfer.check_fidelity(converted, checking, show_progress_bar=True)
+        result["fidelity"] = {"texts": {name: len(text) for name, text in (other_texts or {}).items()}, **measured}
     if training is not None:
         encoder.base_encoder["name"] = base_name(model)
         encoder.training_record["other_texts"] = result.get("fidelity")
