@@ -61,7 +61,7 @@ class State(NamedTuple):
 
 
 class _Folding:
-    """What is the same for every φ: sizes of chunks, and folding block by block."""
+    """What is the same for every φ."""
 
     def __init__(self, feature_map: FeatureMap, dtype: torch.dtype, scale: float) -> None:
         self.map = feature_map
