@@ -115,10 +115,15 @@ class Adapter:
         Raises:
             ValueError: If one does not.
         """
-        for name, value in given.items():
-            if value is not None and not _agree(value, self.settings[name]):
-                raise ValueError(f"adapter {self.source} was made with {name}={self.settings[name]!r}, got {value!r}")
+        for name in self.disagreements(given):
+            raise ValueError(
+                f"adapter {self.source} was made with {name}={self.settings[name]!r}, got {given[name]!r}"
+            )
         return dict(self.settings)
+
+    def disagreements(self, given: dict[str, Any]) -> list[str]:
+        """Names of the settings that are ``given`` (not None) and are not its own."""
+        return [name for name, value in given.items() if value is not None and not _agree(value, self.settings[name])]
 
 
 def bundled_adapters() -> list[str]:
@@ -130,8 +135,7 @@ def bundled_adapter_for(model: nn.Module, given: dict[str, Any]) -> Adapter | No
     """The bundled adapter of an encoder that agrees with the settings that are ``given`` (not None), if any."""
     for name in bundled_adapters():
         adapter = Adapter.load(name)
-        agrees = all(value is None or _agree(value, adapter.settings[key]) for key, value in given.items())
-        if agrees and adapter.fits(model):
+        if not adapter.disagreements(given) and adapter.fits(model):
             return adapter
     return None
 
@@ -167,9 +171,7 @@ def export_adapter(encoder: Any, folder: str | Path) -> None:
     if not added:
         raise ValueError("the model has no linear attention, and so no adapter: convert it first")
     tensors = {
-        name: tensor.to(
-            torch.float16 if tensor.ndim == 3 and 1 not in tensor.shape[1:] else torch.float32
-        ).contiguous()
+        name: tensor.to(torch.float16 if _is_matrix(tensor) else torch.float32).contiguous()
         for name, tensor in added.items()
     }
     with atomic_path(Path(folder) / WEIGHTS_NAME) as temporary:

@@ -63,9 +63,8 @@ class State(NamedTuple):
 class _Folding:
     """What is the same for every φ."""
 
-    def __init__(self, feature_map: FeatureMap, dtype: torch.dtype, scale: float) -> None:
+    def __init__(self, feature_map: FeatureMap, scale: float) -> None:
         self.map = feature_map
-        self.dtype = dtype
         self.root = scale**0.5
 
     def chunk(self, query: Tensor) -> int:
@@ -80,11 +79,12 @@ class _Exponential(_Folding):
 
     map: ExponentialFeatureMap
 
-    def __init__(self, feature_map: ExponentialFeatureMap, dtype: torch.dtype, scale: float) -> None:
-        super().__init__(feature_map, dtype, scale)
-        weights = feature_map.projections()
+    def __init__(
+        self, feature_map: ExponentialFeatureMap, scale: float, weights: tuple[Tensor, Tensor] | None
+    ) -> None:
+        super().__init__(feature_map, scale)
         # (H, R, D) of queries and of keys. To scale these costs less than to scale what they are applied to.
-        self.weights = None if weights is None else tuple(x.to(dtype) * self.root for x in weights)
+        self.weights = None if weights is None else (weights[0] * self.root, weights[1] * self.root)
 
     def empty(self, value: Tensor) -> State:
         """The state of no keys and values, for values (B, H, …, D)."""
@@ -197,11 +197,16 @@ class _Sums(_Folding):
         return State(value, value.new_zeros(*value.shape[:-2], 1, 1))
 
 
-def _kernel(feature_map: FeatureMap, query: Tensor, scale: float) -> _Exponential | _Sums:
-    dtype = _upcast(query[:0]).dtype
-    if isinstance(feature_map, ExponentialFeatureMap):
-        return _Exponential(feature_map, dtype, scale)
-    return _Sums(feature_map, dtype, scale)
+def _kernel(feature_map: FeatureMap, query: Tensor, scale: float, *, fused: bool = False) -> _Exponential | _Sums:
+    """What folds, merges and reads for a map; ``fused`` where that is to be had."""
+    if not isinstance(feature_map, ExponentialFeatureMap):
+        return _Sums(feature_map, scale)
+    projections = feature_map.projections()
+    if projections is None:
+        return _Exponential(feature_map, scale, None)
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    weights = projections[0].to(dtype), projections[1].to(dtype)
+    return (_Fused if fused else _Exponential)(feature_map, scale, weights)
 
 
 @torch.compiler.disable
@@ -221,9 +226,7 @@ def stream_linear(
     Returns:
         (B, H, T, D) in the dtype of ``query``, tokens before heads in memory; padded slots hold anything finite.
     """
-    kernel = _kernel(feature_map, query, scale)
-    if isinstance(kernel, _Exponential) and kernel.weights is not None and has_fused_softmax(query):
-        kernel = _Fused(kernel.map, kernel.dtype, scale)
+    kernel = _kernel(feature_map, query, scale, fused=has_fused_softmax(query))
     token_mask = None if mask is None else mask[:, None, :, None]
     offset = _state_offset(feature_map, key, mask, scale)
 
