@@ -31,8 +31,6 @@ BASE = "sentence-transformers/all-MiniLM-L6-v2"
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Data = Annotated[str, typer.Option(help="Sentence pairs: 'sample', a folder, or a hub id.")]
-FeatureMapOption = Annotated[str, typer.Option(help="Feature map; an unknown name lists the choices.")]
-WindowOption = Annotated[int, typer.Option(help="Near window in tokens; 0 = purely linear.")]
 NumFeatures = Annotated[Optional[int], typer.Option(help="Features per head, for maps that have a choice.")]  # noqa: UP045
 MaxLength = Annotated[int, typer.Option("--max-seq-length", help="Tokens at which texts are cut.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
@@ -263,37 +261,58 @@ def convert(
 @app.command(cls=_Command)
 def distill(
     model: Annotated[str, typer.Argument(help="Hub id or folder of a sentence encoder.")],
-    output: Annotated[Path, typer.Argument(help="Folder of results: model/, record.json, learning.svg.")],
+    output: Annotated[Path, typer.Argument(help="Folder of results; finished students are kept.")],
     data: Data = "sample",
     teacher: TeacherOption = None,
     teacher_scores: TeacherScores = None,
     teacher_activation: TeacherActivationOption = "sigmoid",
-    feature_map: FeatureMapOption = "hedgehog",
-    window: WindowOption = 64,
-    num_features: NumFeatures = None,
-    transfer: Annotated[str, typer.Option(help="Attention transfer first: 'none', 'maps' or 'all'.")] = "maps",
+    students: Annotated[
+        str,
+        typer.Option(
+            help="MAP[:features][@window], comma-separated; 'softmax' is the control that others are set against."
+        ),
+    ] = "hedgehog@64",
+    transfer: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="Attention transfer first: 'none', 'maps' or 'all'; by default 'maps' with a window, 'all' without."
+        ),
+    ] = None,
+    mine: Annotated[
+        int,
+        typer.Option(
+            help="Pairs without gold scores to mine, at most, for the teacher to score, and to train on too."
+        ),
+    ] = 0,
     alpha: Annotated[float, typer.Option(help="Weight of the teacher against the gold scores, 0–1.")] = 0.5,
     head: Annotated[str, typer.Option(help="'cosine' or 'dse'.")] = "cosine",
     objective: Annotated[str, typer.Option(help="'mse' or 'cosent'.")] = "mse",
     epochs: Annotated[float, typer.Option(help="Passes over the training pairs.")] = 2,
     batch_size: Annotated[int, typer.Option(help="Pairs per step.")] = 32,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-5,
+    half: Annotated[bool, typer.Option("--half", help="Train under bfloat16 autocast.")] = False,
+    evaluations: Annotated[int, typer.Option(help="Points of the learning curve on dev.")] = 8,
     max_seq_length: MaxLength = 8192,
     lengths: Lengths = "",
     pairs_at_length: PairsAtLength = 200,
-    seed: Seed = 0,
+    seeds: Annotated[str, typer.Option(help="Seeds, comma-separated: each makes every student once.")] = "0",
     as_json: Json = False,
 ) -> None:
-    """Distil a CrossEncoder teacher into one student and evaluate it.
+    """Distil a CrossEncoder teacher into one student or several, with one seed or several, and evaluate them.
+
+    With a folder of teacher scores, mined pairs are those in its mined.csv. The first seed trains the teacher where
+    none is given, and mines.
 
     Example: `st-linear distill sentence-transformers/all-MiniLM-L6-v2 out --data sentence-transformers/stsb --teacher
-    cross-encoder/stsb-roberta-large`
+    cross-encoder/stsb-roberta-large --students softmax,hedgehog@64,hedgehog --mine 13000 --seeds 0,1,2,3,4`
     """
     from st_linear.plots import plot_learning_curves
-    from st_linear.recipe import Pairs, base_name, distil, prepare_teacher
+    from st_linear.recipe import Pairs, base_name, distil, mean_curve, over_seeds, prepare_teacher
+    from st_linear.records import environment, write_json, write_text
     from st_linear.settings import Settings, Student
 
     _check_plot(output / "learning.svg")
+    draws = _numbers("--seeds", seeds)
     settings = Settings(
         epochs=epochs,
         batch_size=batch_size,
@@ -302,12 +321,17 @@ def distill(
         head=head,  # type: ignore[arg-type]
         objective=objective,  # type: ignore[arg-type]
         teacher_activation=teacher_activation,  # type: ignore[arg-type]
+        mined=mine,
+        half=half,
+        evaluations=evaluations,
         lengths=_lengths(lengths),
         pairs_at_length=pairs_at_length,
         max_seq_length=max_seq_length,
-        seed=seed,
+        seed=draws[0],
     )
-    student = Student(feature_map, window, transfer, _feature_map_kwargs(num_features))  # type: ignore[arg-type]
+    wanted = {name: Student.named(name, transfer) for name in _names(students) or ()}  # type: ignore[arg-type]
+    if not wanted:
+        raise ValueError("--students is empty: name one, hedgehog@64 say")
     pairs = Pairs.load(data)
     _say(f"Data: {pairs.source} · {len(pairs.train)} train, {len(pairs.dev)} dev, {len(pairs.test)} test pairs")
     taught = None
@@ -317,18 +341,32 @@ def distill(
         taught = prepare_teacher(
             pairs, model, output, teacher=teacher, teacher_scores=teacher_scores, settings=settings
         )
-    record = distil("student", student, model, pairs, taught, output, settings=settings)
-    plot_learning_curves({"student": record["curve"]}, output / "learning.svg")
+        if taught.mined is not None:
+            _say(f"Mined: {len(taught.mined)} pairs that the teacher has scored")
+    records: dict[str, list[dict[str, Any]]] = {name: [] for name in wanted}
+    for seed in draws:
+        for name, student in wanted.items():
+            _say(f"[bold]{name}[/bold], seed {seed}")
+            folder = _student_folder(output, name, seed)
+            made = distil(name, student, model, pairs, taught, folder, settings=replace(settings, seed=seed))
+            records[name].append(made)
+    plot_learning_curves({name: mean_curve(made) for name, made in records.items()}, output / "learning.svg")
     result = {
         "data": pairs.source,
         "base": base_name(model),
         "teacher": None if taught is None else {"name": taught.name, "figures": taught.figures},
-        "students": {"student": record},
+        "students": records,
+        "summary": over_seeds(records),
+        "environment": environment(),
     }
+    write_json(output / "record.json", result)
+    table = _over_seeds(result)
+    write_text(output / "table.md", _markdown(table))
     if taught is not None:
-        _warn_of_weak_teacher(taught, [record])
-    _show(_comparison(result), result, as_json)
-    _say(f'The model is in {output / "model"}: st_linear.load("{output / "model"}")')
+        _warn_of_weak_teacher(taught, [made[0] for made in records.values()])
+    _show(table, result, as_json)
+    folder = _student_folder(output, next(iter(records)), draws[0]) / "model"
+    _say(f'Models, record.json, table.md and learning.svg are in {output}; load one so: st_linear.load("{folder}")')
 
 
 @app.command(cls=_Command)
@@ -570,6 +608,20 @@ def _check_plot(path: Path) -> None:
     new_figure(path)
 
 
+def _student_folder(output: Path, name: str, seed: int) -> Path:
+    return output / name.replace(":", "-") / f"seed-{seed}"
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    try:
+        numbers = tuple(dict.fromkeys(int(part) for part in text.split(",") if part.strip()))
+    except ValueError:
+        raise ValueError(f"{option} must be whole numbers, comma-separated, got {text!r}") from None
+    if not numbers:
+        raise ValueError(f"{option} is empty: name one at least")
+    return numbers
+
+
 def _lengths(text: str) -> tuple[int, ...]:
     try:
         lengths = tuple(dict.fromkeys(int(part) for part in text.split(",") if part.strip()))
@@ -622,6 +674,35 @@ def _comparison(result: dict[str, Any]) -> Table:
         _add_rows(table, f"{name}, untrained", {"natural": record["untrained"]})
         _add_rows(table, name, record["final"])
     return table
+
+
+def _over_seeds(result: dict[str, Any]) -> Table:
+    """Means over seeds; with one seed, its figures without an interval."""
+    table = Table(title=f"Test of {result['data']}", caption="× 100, with 95 % intervals over seeds")
+    for column in ("student", "stage", "seeds", "Pearson", "Spearman", "Pearson − softmax student's", "of teacher's"):
+        table.add_column(column, justify="left" if column in ("student", "stage") else "right")
+    taught = None
+    if result["teacher"] is not None:
+        figures = result["teacher"]["figures"]["test"]
+        taught = figures["pearson"]
+        table.add_row("teacher", "–", "–", *(f"{100 * figures[key]:.2f}" for key in ("pearson", "spearman")), "–", "–")
+    for name, stages in result["summary"].items():
+        for stage, means in stages.items():
+            cells = [
+                _mean(means[key], sign=key == "minus_control") for key in ("pearson", "spearman", "minus_control")
+            ]
+            trained = stage == "natural" and taught is not None
+            share = f"{means['pearson']['mean'] / taught:.1%}" if trained and taught else "–"
+            table.add_row(name, stage, str(means["pearson"]["n"]), *cells, share)
+    return table
+
+
+def _mean(mean: dict[str, Any] | None, sign: bool = False) -> str:
+    if mean is None:
+        return "–"
+    form = "+.2f" if sign else ".2f"
+    value = f"{100 * mean['mean']:{form}}"
+    return value if mean["low"] is None else f"{value} [{100 * mean['low']:{form}}, {100 * mean['high']:{form}}]"
 
 
 def _figures_table(title: str) -> Table:

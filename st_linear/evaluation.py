@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from scipy.stats import norm, pearsonr, spearmanr
+from scipy.stats import norm, pearsonr, spearmanr, t
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.evaluation import BaseEvaluator
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
@@ -119,6 +119,42 @@ def correlation(
         spearman_high=math.tanh(z + margin),
         n=n,
     )
+
+
+@dataclass(frozen=True)
+class Mean:
+    """
+    The mean over seeds, with the bounds of its confidence interval, which a single seed has none of.
+
+    The interval is Student's, mean ± t · s/√n, for what another draw of seeds would give on the same pairs.
+    """
+
+    mean: float
+    low: float | None
+    high: float | None
+    n: int
+
+    @classmethod
+    def of(cls, values: Sequence[float], confidence_level: float = 0.95) -> Mean:
+        """
+        Average figures of one seed each; paired differences between two models, seed by seed, as well.
+
+        Args:
+            values: One per seed.
+            confidence_level: The probability that the interval shall cover.
+
+        Raises:
+            ValueError: If there is no value.
+        """
+        if not values:
+            raise ValueError("values is empty: a mean needs at least one seed")
+        average = float(np.mean(values))
+        if len(values) == 1:
+            return cls(average, None, None, 1)
+        margin = (
+            float(t.ppf(0.5 + confidence_level / 2, len(values) - 1) * np.std(values, ddof=1)) / len(values) ** 0.5
+        )
+        return cls(average, average - margin, average + margin, len(values))
 
 
 def report_correlation(metric: str, correlation: Correlation) -> str:

@@ -9,13 +9,14 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from sentence_transformers import (
     CrossEncoder,
     SentenceTransformer,
@@ -27,8 +28,9 @@ from transformers import TrainerCallback, set_seed
 
 from st_linear.adapters import NO_ADAPTER
 from st_linear.data import evenly_spaced, load_pairs, repeat_to_length, source_name, token_counts, training_sentences
-from st_linear.evaluation import LengthSimilarityEvaluator, correlation
-from st_linear.losses import AttentionTransferLoss, DistillationLoss
+from st_linear.evaluation import METRICS, LengthSimilarityEvaluator, Mean, correlation
+from st_linear.losses import TEACHER_ACTIVATIONS, AttentionTransferLoss, DistillationLoss
+from st_linear.mining import mine_pairs
 from st_linear.models import check_model_folder, convert, load, save_model
 from st_linear.pair_head import PairScorer
 from st_linear.records import (
@@ -41,7 +43,14 @@ from st_linear.records import (
     write_json,
 )
 from st_linear.settings import Settings, Student
-from st_linear.teachers import add_teacher_scores, is_score_folder, load_teacher, read_teacher_scores, train_teacher
+from st_linear.teachers import (
+    add_teacher_scores,
+    is_score_folder,
+    load_teacher,
+    read_mined_pairs,
+    read_teacher_scores,
+    train_teacher,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +73,10 @@ class Pairs:
         """Load all splits; arguments and errors as :func:`~st_linear.data.load_pairs`."""
         return cls(source_name(source), *(load_pairs(source, split) for split in ("train", "dev", "test")))
 
+    def unseen(self) -> set[str]:
+        """Sentences of dev and test, which no student may be trained on."""
+        return {sentence for split in (self.dev, self.test) for sentence in training_sentences(split)}
+
     def digest(self) -> str:
         """Of all texts and scores: a source may hold other pairs the next time."""
         return digest([dataset.to_dict() for dataset in (self.train, self.dev, self.test)])
@@ -77,11 +90,18 @@ class Teacher:
         name: What it is, as printed and recorded.
         scores: By split, one number in 0–1 per pair.
         figures: By split, its correlation with the gold scores.
+        mined: Pairs without gold scores, and its scores of them; None if there are none.
     """
 
     name: str
     scores: dict[str, list[float]]
     figures: dict[str, dict[str, Any]] = field(default_factory=dict)
+    mined: Dataset | None = None
+
+    def described(self) -> dict[str, Any]:
+        """What a student's record says of it."""
+        mined = None if self.mined is None else {"pairs": len(self.mined), "digest": digest(self.mined.to_dict())}
+        return {"name": self.name, "scores": digest(self.scores["train"]), "mined": mined}
 
 
 def prepare_teacher(
@@ -102,7 +122,9 @@ def prepare_teacher(
         output: Folder of the run; a teacher trained here lies in its ``teacher/``.
         teacher: Hub id or folder of a CrossEncoder.
         teacher_scores: Folder of cached scores, see :func:`~st_linear.teachers.read_teacher_scores`.
-        settings: Its batch size and seed train the teacher.
+        settings: Its batch size and seed train the teacher, and it says how many pairs are mined. A folder of scores
+            has them in ``mined.csv``; a model scores what :func:`~st_linear.mining.mine_pairs` finds in the training
+            pairs, by cosines of the base.
         show_progress_bar: Show one.
 
     Raises:
@@ -113,6 +135,7 @@ def prepare_teacher(
     check_model_folder(output / "model")
     _check_lengths(load(base), pairs, settings)
     splits = {"train": pairs.train, "dev": pairs.dev, "test": pairs.test}
+    mined = None
     if teacher is not None and teacher_scores is not None:
         raise ValueError("pass a teacher or a folder of teacher scores, not both")
     if teacher_scores is not None:
@@ -126,24 +149,44 @@ def prepare_teacher(
                 raise ValueError(
                     f"{teacher_scores} holds {len(scores[split])} scores for {split}, the data {len(dataset)} pairs"
                 )
+        if settings.mined:
+            found = read_mined_pairs(teacher_scores, activation=activation)
+            _refuse_leaks(found, pairs)
+            mined = _some_pairs(found, settings.mined)
     else:
         if teacher is not None:
             name, model = teacher, load_teacher(teacher)
         else:
             name = f"CrossEncoder trained here from {base_name(base)}"
             model = _trained_teacher(pairs, base, output / "teacher", settings, show_progress_bar)
-        scores = {
-            split: add_teacher_scores(
-                dataset.remove_columns("score"),
-                model,
-                activation=settings.teacher_activation,
-                cache_folder=output / "teacher_scores",
+        ask = partial(
+            add_teacher_scores,
+            teacher=model,
+            activation=settings.teacher_activation,
+            cache_folder=output / "teacher_scores",
+            show_progress_bar=show_progress_bar,
+        )
+        scores = {split: ask(dataset.remove_columns("score"))["score"] for split, dataset in splits.items()}
+        if settings.mined:
+            unlabelled = mine_pairs(
+                pairs.train,
+                load(base),
+                settings.mined,
+                exclude=pairs.unseen(),
+                seed=settings.seed,
                 show_progress_bar=show_progress_bar,
-            )["score"]
-            for split, dataset in splits.items()
-        }
+            )
+            mined = ask(unlabelled)
     figures = {s: correlation(scores[s], splits[s]["score"]).as_dict() for s in ("dev", "test")}
-    return Teacher(name, {s: list(v) for s, v in scores.items()}, figures)
+    return Teacher(name, {s: list(v) for s, v in scores.items()}, figures, mined)
+
+
+def _refuse_leaks(mined: Dataset, pairs: Pairs) -> None:
+    leaked = pairs.unseen().intersection(training_sentences(mined))
+    if leaked:
+        raise ValueError(
+            f"the mined pairs hold {len(leaked)} sentences of dev or test, such as {min(leaked)[:60]!r}: drop them"
+        )
 
 
 def _trained_teacher(
@@ -209,7 +252,7 @@ def distil(
         "base": base_name(base),
         "data": pairs.source,
         "pairs": pairs.digest(),
-        "teacher": None if teacher is None else {"name": teacher.name, "scores": digest(teacher.scores["train"])},
+        "teacher": None if teacher is None else teacher.described(),
     }
     path, folder = output / "record.json", output / "model"
     check_model_folder(folder)
@@ -235,6 +278,11 @@ def distil(
     started = time.perf_counter()
     transfer_model(model, student, training_sentences(pairs.train), output, settings, show_progress_bar)
     transferred = time.perf_counter()
+    after_transfer = None
+    if student.transfer != "none":
+        some = Settings(lengths=())
+        after_transfer = evaluate_model(model, pairs.test, some, show_progress_bar=show_progress_bar)["natural"]
+    began = time.perf_counter()
     curve = _train(model, pairs, teacher, output, settings, show_progress_bar)
     trained = time.perf_counter()
     final = evaluate_model(model, pairs.test, settings, show_progress_bar=show_progress_bar)
@@ -246,13 +294,56 @@ def distil(
         **asked,
         "environment": environment(),
         "untrained": untrained,
+        "transferred": after_transfer,
         "curve": curve,
         "final": final,
-        "seconds": {"transfer": transferred - started, "distillation": trained - transferred},
+        "seconds": {"transfer": transferred - started, "distillation": trained - began},
         "peak_memory_mib": peak_memory_mib(),
     }
     write_json(path, record)
     return record
+
+
+def over_seeds(students: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Average the figures of students of several seeds.
+
+    Args:
+        students: By name, the records of its seeds; as many seeds, in the same order, for all.
+
+    Returns:
+        By name and stage (``"untrained"``, ``"transferred"`` where it was, and each length of ``final``): the means
+        over seeds of ``pearson``, of ``spearman``, and of ``minus_control``, the difference in Pearson from the
+        softmax student of the same seed and stage, None where there is no such student.
+    """
+    stages = {name: [_stages(record) for record in records] for name, records in students.items()}
+    control = next((n for n, records in students.items() if records[0]["student"]["feature_map"] == "softmax"), None)
+    summary: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, seeds in stages.items():
+        summary[name] = {}
+        for stage in seeds[0]:
+            figures: dict[str, Any] = {
+                metric: asdict(Mean.of([seed[stage][metric] for seed in seeds])) for metric in METRICS
+            }
+            figures["minus_control"] = None
+            # The control is not transferred: what the others gain on it then is against the original.
+            against = "untrained" if stage == "transferred" else stage
+            if control is not None and name != control:
+                pairs = zip(seeds, stages[control])
+                differences = [own[stage]["pearson"] - other[against]["pearson"] for own, other in pairs]
+                figures["minus_control"] = asdict(Mean.of(differences))
+            summary[name][stage] = figures
+    return summary
+
+
+def _stages(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    before = {stage: record[stage] for stage in ("untrained", "transferred") if record[stage] is not None}
+    return {**before, **record["final"]}
+
+
+def mean_curve(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The learning curve of a student, each point averaged over its seeds, which were measured at the same steps."""
+    curves = [record["curve"] for record in records]
+    return [{key: float(np.mean([point[key] for point in points])) for key in points[0]} for points in zip(*curves)]
 
 
 def _check_lengths(model: SentenceTransformer, pairs: Pairs, settings: Settings) -> None:
@@ -292,8 +383,16 @@ def transfer_model(
         disable_tqdm=not show_progress_bar,
     )
     dataset = Dataset.from_dict({"text": texts})
-    SentenceTransformerTrainer(model=model, args=arguments, train_dataset=dataset, loss=loss).train()
+    _run(SentenceTransformerTrainer(model=model, args=arguments, train_dataset=dataset, loss=loss))
     model.requires_grad_(True)
+
+
+def _run(trainer: SentenceTransformerTrainer) -> None:
+    try:
+        trainer.train()
+    finally:
+        # Under bfloat16 accelerate gives the model a forward method of its own, and leaves it there.
+        trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
 
 
 def long_texts(model: SentenceTransformer, sentences: Sequence[str], window: int, settings: Settings) -> list[str]:
@@ -359,10 +458,7 @@ def _train(
     show_progress_bar: bool,
 ) -> list[dict[str, Any]]:
     """Distil, and return the learning curve on dev."""
-    train = pairs.train
-    if teacher is not None:
-        labels = [[gold, taught] for gold, taught in zip(train["score"], teacher.scores["train"])]
-        train = train.remove_columns("score").add_column("score", labels)
+    train = pairs.train if teacher is None else _taught(pairs.train, teacher, settings)
     steps = math.ceil(len(train) / settings.batch_size) * settings.epochs
     every = max(1, round(steps / settings.evaluations))
     curve = _Curve(model, train, pairs.dev, settings)
@@ -388,8 +484,21 @@ def _train(
         evaluator=curve,
         callbacks=[curve],
     )
-    trainer.train()
+    _run(trainer)
     return curve.points
+
+
+def _taught(gold: Dataset, teacher: Teacher, settings: Settings) -> Dataset:
+    """The training pairs with labels ``[gold, teacher]``, the mined ones behind them."""
+    labels = [[score, taught] for score, taught in zip(gold["score"], teacher.scores["train"])]
+    train = gold.remove_columns("score").add_column("score", labels)
+    if teacher.mined is None:
+        return train
+    # The teacher's score stands in for the gold one. The objective is what it would be with alpha = 1.
+    activated = TEACHER_ACTIVATIONS["identity" if settings.teacher_activation == "sigmoid" else "sigmoid"]
+    scores = torch.tensor(teacher.mined["score"], dtype=torch.float64)
+    labels = torch.stack([activated(scores), scores], dim=1).tolist()
+    return concatenate_datasets([train, teacher.mined.remove_columns("score").add_column("score", labels)])
 
 
 class _Curve(BaseEvaluator, TrainerCallback):
@@ -451,6 +560,8 @@ def _training_arguments(output: Path, settings: Settings, **options: Any) -> Sen
         "logging_strategy": "no",
         "report_to": "none",
         "dataloader_pin_memory": torch.cuda.is_available(),
+        "bf16": settings.half,
+        "use_cpu": not torch.cuda.is_available(),
         "seed": settings.seed,
     }
     return SentenceTransformerTrainingArguments(**(defaults | options))

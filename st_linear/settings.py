@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from st_linear.conversion import check_settings
+from st_linear.feature_maps import feature_map_names
 from st_linear.losses import Head, Objective, TeacherActivation, check_choice
 
 Transfer = Literal["none", "maps", "all"]
+
+ATTENTION_FORM = "MAP[:features][@window]"
+"""How attention is named in one word: ``hedgehog``, ``favor:128``, ``hedgehog@64``."""
+
+_ATTENTION = re.compile(r"(?P<map>[a-z]\w*)(?::(?P<features>\d+))?(?:@(?P<window>\d+))?")
 
 _POSITIVE_SETTINGS = (
     "epochs",
@@ -20,6 +27,15 @@ _POSITIVE_SETTINGS = (
     "evaluations",
     "max_seq_length",
 )
+
+
+def read_attention_name(name: str) -> tuple[str, int | None, int] | None:
+    """Map, number of features and window of a name in :data:`ATTENTION_FORM`; None if it has another form."""
+    match = _ATTENTION.fullmatch(name)
+    if match is None:
+        return None
+    features = None if match["features"] is None else int(match["features"])
+    return match["map"], features, int(match["window"] or 0)
 
 
 @dataclass(frozen=True)
@@ -51,6 +67,30 @@ class Student:
         if self.feature_map == "softmax" and self.transfer != "none":
             raise ValueError(f"feature_map='softmax' is what transfer={self.transfer!r} aims at: pass transfer='none'")
 
+    @classmethod
+    def named(cls, name: str, transfer: Transfer | None = None) -> Student:
+        """The student that attends as its name says.
+
+        Args:
+            name: In :data:`ATTENTION_FORM`; ``softmax`` is the control.
+            transfer: What it is taught first; None = its ``"maps"`` with a window, ``"all"`` of it without one. The
+                control is taught nothing, whatever this says.
+
+        Raises:
+            ValueError: If the name has another form, or there is no such map or option.
+        """
+        form = read_attention_name(name)
+        if form is None or form[0] not in feature_map_names():
+            raise ValueError(
+                f"unknown student {name!r}; write {ATTENTION_FORM}, MAP being one of {', '.join(feature_map_names())}"
+            )
+        feature_map, features, window = form
+        if transfer is None:
+            transfer = "maps" if window else "all"
+        if feature_map == "softmax":
+            transfer = "none"
+        return cls(feature_map, window, transfer, None if features is None else {"num_features": features})
+
 
 STUDENTS = {
     "softmax student": Student("softmax", window=0, transfer="none"),
@@ -75,6 +115,8 @@ class Settings:
         transfer_epochs: Passes of whole-student transfer over the training sentences.
         transfer_steps: Steps of maps-only transfer, each on four texts of 256–1,024 tokens, or of 4–16 windows.
         maps_learning_rate: Of feature maps and gains, in transfer.
+        mined: Pairs without a gold score that the teacher labels besides, at most.
+        half: Train under bfloat16 autocast: faster where the device has instructions for it.
         evaluations: Points of the learning curve.
         lengths: Lengths in tokens at which the test pairs are read again; none for the DSE head.
         pairs_at_length: How many test pairs, evenly spaced, are read at each length; natural length reads all.
@@ -92,6 +134,8 @@ class Settings:
     transfer_epochs: float = 2
     transfer_steps: int = 120
     maps_learning_rate: float = 1e-2
+    mined: int = 0
+    half: bool = False
     evaluations: int = 8
     lengths: tuple[int, ...] = (512, 1024, 2048)
     pairs_at_length: int = 200
@@ -108,6 +152,10 @@ class Settings:
             raise ValueError(f"head='dse' is measured at natural length alone, got lengths={self.lengths}")
         if self.pairs_at_length < 4:
             raise ValueError(f"pairs_at_length must be at least 4, got {self.pairs_at_length!r}")
+        if self.mined < 0:
+            raise ValueError(f"mined must be a number of pairs, 0 or more, got {self.mined!r}")
+        if self.mined and not self.alpha:
+            raise ValueError("mined pairs have no scores but the teacher's, which alpha=0 leaves out")
         for name in _POSITIVE_SETTINGS:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")

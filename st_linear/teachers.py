@@ -151,7 +151,7 @@ def read_teacher_scores(
 
     Args:
         folder: The folder.
-        split: ``"train"``, ``"dev"`` or ``"test"``.
+        split: ``"train"``, ``"dev"``, ``"test"`` or ``"mined"``.
         activation: ``"sigmoid"`` reads column ``score``, ``"identity"`` column ``logit``.
 
     Raises:
@@ -175,6 +175,38 @@ def read_teacher_scores(
     if not np.isfinite(scores).all():
         raise ValueError(f"{path} holds NaN or inf scores")
     return scores
+
+
+def read_mined_pairs(folder: str | os.PathLike[str], *, activation: TeacherActivation = "sigmoid") -> Dataset:
+    """Pairs without gold scores that a teacher has scored: ``{folder}/mined.csv``.
+
+    Its header is ``sentence1,sentence2,logit,score``.
+
+    Args:
+        folder: The folder.
+        activation: ``"sigmoid"`` reads column ``score``, ``"identity"`` column ``logit``.
+
+    Returns:
+        A dataset with the columns ``sentence1``, ``sentence2`` and ``score``, which is the teacher's.
+
+    Raises:
+        FileNotFoundError: If the file is missing.
+        ValueError: If a column is missing, or a score is no finite number.
+    """
+    scores = read_teacher_scores(folder, "mined", activation=activation)
+    path = Path(folder) / "mined.csv"
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    for column in ("sentence1", "sentence2"):
+        if rows and column not in rows[0]:
+            raise ValueError(f"{path} has no column {column!r}; its columns: {', '.join(rows[0])}")
+    return Dataset.from_dict(
+        {
+            "sentence1": [row["sentence1"] for row in rows],
+            "sentence2": [row["sentence2"] for row in rows],
+            "score": scores,
+        }
+    )
 
 
 def train_teacher(

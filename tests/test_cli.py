@@ -215,24 +215,32 @@ class TestEvaluate:
 
 class TestDistill:
     def test_with_cached_scores(self, run: Callable[..., tuple[int, str, str]], place: Path) -> None:
-        line = "distill bert out --data pairs --teacher-scores pairs/teacher --window 4 --transfer none --epochs 1"
+        line = "distill bert out --data pairs --teacher-scores pairs/teacher --transfer none --epochs 1"
+        line += " --students softmax,hedgehog@4 --seeds 0,1 --mine 9"
         code, out, err = run(f"{line} --batch-size 8 --head dse --objective cosent --json")
         assert code == 0
         result = json.loads(out)
-        assert read_json("out/record.json") == result["students"]["student"]
+        assert read_json("out/record.json") == result
+        assert {name: len(made) for name, made in result["students"].items()} == {"softmax": 2, "hedgehog@4": 2}
+        for seed in (0, 1):
+            assert read_json(f"out/hedgehog@4/seed-{seed}/record.json") == result["students"]["hedgehog@4"][seed]
         assert result["base"] == "bert"
         assert result["teacher"]["name"] == "cached scores in pairs/teacher"
-        settings = result["students"]["student"]["settings"]
+        record = result["students"]["hedgehog@4"][1]
+        settings = record["settings"]
         assert (settings["head"], settings["objective"], settings["batch_size"]) == ("dse", "cosent", 8)
+        assert (settings["seed"], settings["mined"], record["teacher"]["mined"]["pairs"]) == (1, 9, 9)
         assert (place / "out" / "learning.svg").read_text().startswith("<?xml")
-        assert st_linear.load("out/model")[0].window == 4
+        assert st_linear.load("out/hedgehog@4/seed-0/model")[0].window == 4
+        assert "Mined: 9 pairs" in err
         assert "dev Pearson: teacher" in err
 
     def test_gold_alone_asks_no_teacher(self, run: Callable[..., tuple[int, str, str]], place: Path) -> None:
         code, out, err = run("distill bert out --data pairs --transfer none --epochs 1 --alpha 0")
         assert code == 0
-        assert "student, untrained" in out
-        assert "eacher" not in out + err
+        assert "untrained" in out
+        assert "eacher:" not in err
+        assert "│ teacher" not in out
 
     def test_a_teacher_is_trained_and_a_weak_one_warned_of(
         self, run: Callable[..., tuple[int, str, str]], place: Path, monkeypatch: pytest.MonkeyPatch
@@ -244,7 +252,7 @@ class TestDistill:
         code, _, err = run("distill bert out --data pairs --transfer none --epochs 1")
         assert code == 0
         assert "Teacher: none given, so one is trained here" in err
-        assert "Warning: dev Pearson: teacher -50.00, student" in err
+        assert "Warning: dev Pearson: teacher -50.00, hedgehog@64" in err
 
 
 class TestQuickstart:
@@ -366,9 +374,17 @@ class TestErrors:
             (f"{DISTILL} --transfer x", "unknown transfer 'x'; choose one of: none, maps, all"),
             (f"{DISTILL} --head x", "unknown head 'x'; choose one of: cosine, dse"),
             (f"{DISTILL} --objective x", "unknown objective 'x'; choose one of: mse, cosent"),
-            (f"{DISTILL} --feature-map x", "unknown feature_map 'x'; choose one of: softmax, elu, "),
-            (f"{DISTILL} --feature-map softmax", "pass transfer='none'"),
-            (f"{DISTILL} --window -1", "window must be a number of tokens >= 0 (0 = purely linear), got -1"),
+            (
+                f"{DISTILL} --students x",
+                "unknown student 'x'; write MAP[:features][@window], MAP being one of softmax",
+            ),
+            (f"{DISTILL} --students hedgehog@-1", "unknown student 'hedgehog@-1'; write MAP[:features][@window]"),
+            (f"{DISTILL} --students elu:8", "'elu' has no option 'num_features'"),
+            (f"{DISTILL} --students ,", "--students is empty: name one"),
+            (f"{DISTILL} --seeds ,", "--seeds is empty: name one at least"),
+            (f"{DISTILL} --seeds a", "--seeds must be whole numbers, comma-separated, got 'a'"),
+            (f"{DISTILL} --mine -1", "mined must be a number of pairs, 0 or more, got -1"),
+            (f"{DISTILL} --mine 5 --alpha 0", "mined pairs have no scores but the teacher's"),
             (f"{DISTILL} --alpha 2", "alpha must lie in 0..1, got 2.0"),
             (f"{DISTILL} --epochs 0", "epochs must be positive, got 0.0"),
             (f"{DISTILL} --epochs -1", "epochs must be positive, got -1.0"),

@@ -30,6 +30,7 @@ LAYERS = [
     "losses",
     "teachers",
     "data",
+    "mining",
     "evaluation",
     "transfer",
     "plots",

@@ -54,6 +54,12 @@ def write_pairs(folder: Path, seed: int = 0) -> Path:
         for path, table in ((folder, pairs), (folder / "teacher", scores)):
             with (path / f"{split}.csv").open("w", newline="") as file:
                 csv.writer(file).writerows(table)
+    mined = [["sentence1", "sentence2", "logit", "score"]]
+    mined += [
+        [f"bo di {word}", f"bo di {draw.choice(WORDS)}", row - 6, row / 12] for row, word in enumerate(WORDS[:12])
+    ]
+    with (folder / "teacher" / "mined.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(mined)
     return folder
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +28,7 @@ from st_linear.feature_maps import (
     feature_map_names,
     make_feature_map,
 )
+from st_linear.settings import ATTENTION_FORM, read_attention_name
 
 PERFORMER_FEATURES = 256
 """Features of ``performer`` and ``plain`` where none are named: those of st_linear's ``favor``."""
@@ -38,10 +38,6 @@ _FLASH_BLA = {
     "flash_bla": "flash_bla.ops.linear_attn.fused",
     "fbi_la": "fbi_la.ops.linear_attn.attention",
 }
-
-_FORM = "MAP[:features][@window]"
-
-_SPEC = re.compile(r"(?P<map>[a-z][\w]*)(?::(?P<features>\d+))?(?:@(?P<window>\d+))?")
 
 
 @dataclass(frozen=True)
@@ -70,17 +66,17 @@ class MapSpec:
         Raises:
             ValueError: If the name has another form, or there is no such map or option.
         """
-        match = _SPEC.fullmatch(name)
+        form = read_attention_name(name)
         maps = [known for known in feature_map_names() if not feature_map_class(known).exact]
-        if match is None or match["map"] not in maps:
-            choices = f"{peers}, {_FORM}" if peers else _FORM
+        if form is None or form[0] not in maps:
+            choices = f"{peers}, {ATTENTION_FORM}" if peers else ATTENTION_FORM
             raise ValueError(f"unknown model {name!r}; choose among: {choices}; MAP is one of {', '.join(maps)}")
-        number = None if match["features"] is None else int(match["features"])
+        feature_map, number, window = form
         if number is not None:
-            check_feature_map_options(match["map"], {"num_features": number})
-        elif "num_features" in inspect.signature(feature_map_class(match["map"])).parameters:
+            check_feature_map_options(feature_map, {"num_features": number})
+        elif "num_features" in inspect.signature(feature_map_class(feature_map)).parameters:
             number = features
-        return cls(match["map"], number, int(match["window"] or 0))
+        return cls(feature_map, number, window)
 
     @property
     def options(self) -> dict[str, Any]:
