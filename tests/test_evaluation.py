@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from st_linear.data import repeat_to_length, token_counts
-from st_linear.evaluation import Correlation, LengthSimilarityEvaluator, correlation, report_correlation
+from st_linear.evaluation import Correlation, LengthSimilarityEvaluator, Mean, correlation, report_correlation
 
 WORDS = ["cat", "dog", "bird", "sits", "runs", "sings", "red", "blue", "old", "new", "a", "the"]
 
@@ -304,3 +304,12 @@ def test_the_trainer_selects_by_it(model: SentenceTransformer, pairs: tuple, tmp
     assert [entry["step"] for entry in logged] == [1, 2]
     assert trainer.state.best_metric == max(entry["eval_sts_pearson_cosine"] for entry in logged)
     assert len((tmp_path / "eval" / "length_similarity_evaluation_sts_results.csv").read_text().splitlines()) == 5
+
+
+def test_a_mean_over_seeds_has_students_interval() -> None:
+    mean = Mean.of([1.0, 2.0, 3.0])
+    # t(2) at 97.5 % is 4.3027, and the standard error 1/√3.
+    assert (mean.mean, mean.n) == (2.0, 3)
+    assert [mean.low, mean.high] == pytest.approx([2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5], abs=1e-4)
+    with pytest.raises(ValueError, match="values is empty"):
+        Mean.of([])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import logging
+import math
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import FAMILIES, WORDS, refused
+from datasets import Dataset
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -135,6 +137,8 @@ class TestRecord:
         _, record = made
         assert record["name"] == "a"
         assert (record["base"], record["data"]) == (bert, pairs.source)
+        assert record["transferred"] is None
+        assert record["teacher"]["mined"] is None
         assert record["student"] == {
             "feature_map": "hedgehog",
             "window": 4,
@@ -250,6 +254,19 @@ class TestStudents:
         record = make(student=replace(STUDENT, window=0, transfer="all"), settings=settings)
         assert record["untrained"]["pearson"] == pytest.approx(untransferred["untrained"]["pearson"], abs=1e-6)
         assert record["curve"][0]["pearson"] != pytest.approx(untransferred["curve"][0]["pearson"], abs=1e-6)
+        assert untransferred["transferred"] is None
+        assert record["transferred"]["pearson"] != pytest.approx(record["untrained"]["pearson"], abs=1e-6)
+        assert record["transferred"]["n"] == 10
+
+    def test_half_precision_is_left_behind(self, make: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+        record = make(settings=replace(SETTINGS, half=True, lengths=()), student=replace(STUDENT, transfer="maps"))
+        model = st_linear.load(str(tmp_path / "model"))
+        assert next(model.parameters()).dtype == torch.float32
+        figures = recipe.evaluate_model(
+            model, recipe.load_pairs(record["data"], "test"), Settings(lengths=()), show_progress_bar=False
+        )["natural"]
+        # Measured under autocast, it would be as much as 1e-2 off.
+        assert figures["pearson"] == pytest.approx(record["final"]["natural"]["pearson"], abs=1e-6)
 
     def test_a_student_reads_what_it_is_given_or_refuses(
         self, made: tuple[Path, dict[str, Any]], text: Callable[..., str], caplog: pytest.LogCaptureFixture
@@ -263,6 +280,100 @@ class TestStudents:
         for wrong in (None, 3, 2.5):
             with refused(f"one of the inputs is {wrong!r}"):
                 model.encode(["ba", wrong])
+
+
+class TestMined:
+    @pytest.mark.parametrize("activation", ["sigmoid", "identity"])
+    def test_labels_of_mined_pairs_are_the_teachers_alone(
+        self, pairs: Pairs, bert: str, folder: Path, activation: Any
+    ) -> None:
+        settings = replace(SETTINGS, mined=5, teacher_activation=activation, objective="cosent")
+        taught = prepare_teacher(
+            pairs,
+            bert,
+            folder / "out",
+            teacher_scores=str(folder / "teacher"),
+            settings=settings,
+            show_progress_bar=False,
+        )
+        assert taught.mined is not None
+        assert len(taught.mined) == 5
+        rows = recipe._taught(pairs.train, taught, settings)
+        assert len(rows) == ROWS["train"] + 5
+        assert [label[0] for label in rows["score"][: ROWS["train"]]] == pairs.train["score"]
+        for (gold, score), given in zip(rows["score"][ROWS["train"] :], taught.mined["score"]):
+            assert score == given
+            assert gold == pytest.approx(given if activation == "sigmoid" else 1 / (1 + math.exp(-given)))
+
+    def test_a_model_scores_what_is_mined(
+        self, pairs: Pairs, bert: str, save_teacher: Callable[[int], str], tmp_path: Path
+    ) -> None:
+        settings = replace(SETTINGS, mined=7)
+        taught = prepare_teacher(
+            pairs, bert, tmp_path, teacher=save_teacher(1), settings=settings, show_progress_bar=False
+        )
+        assert taught.mined is not None
+        assert len(taught.mined) == 7
+        assert not pairs.unseen().intersection(training_sentences(taught.mined))
+
+    def test_they_are_trained_on(self, make: Callable[..., dict[str, Any]], teacher: Teacher) -> None:
+        mined = Dataset.from_dict({"sentence1": ["ba be"] * 9, "sentence2": ["ba bi"] * 9, "score": [0.1] * 9})
+        record = make(teacher=replace(teacher, mined=mined), settings=replace(SETTINGS, epochs=1, lengths=()))
+        assert record["curve"][-1]["examples"] == ROWS["train"] + 9
+        assert record["teacher"]["mined"]["pairs"] == 9
+
+    def test_a_sentence_of_test_is_refused(self, pairs: Pairs, bert: str, tmp_path: Path) -> None:
+        folder = write_pairs(tmp_path / "leaky")
+        line = f"{pairs.test['sentence1'][0]},bo,1,0.7\n"
+        with (folder / "teacher" / "mined.csv").open("a") as file:
+            file.write(line)
+        with refused("the mined pairs hold 1 sentences of dev or test"):
+            prepare_teacher(
+                pairs,
+                bert,
+                tmp_path / "out",
+                teacher_scores=str(folder / "teacher"),
+                settings=replace(SETTINGS, mined=5),
+                show_progress_bar=False,
+            )
+
+
+class TestSeeds:
+    def record(self, feature_map: str, pearson: float, transferred: float | None = None) -> dict[str, Any]:
+        def figures(value: float) -> dict[str, float]:
+            return {"pearson": value, "spearman": value / 2}
+
+        return {
+            "student": {"feature_map": feature_map},
+            "untrained": figures(0.5),
+            "transferred": None if transferred is None else figures(transferred),
+            "final": {"natural": figures(pearson)},
+            "curve": [{"step": 0, "pearson": 0.5}, {"step": 4, "pearson": pearson}],
+        }
+
+    def test_differences_are_paired(self) -> None:
+        students = {
+            "softmax": [self.record("softmax", 0.80), self.record("softmax", 0.90)],
+            "elu": [self.record("elu", 0.79, 0.6), self.record("elu", 0.89, 0.7)],
+        }
+        summary = recipe.over_seeds(students)
+        assert summary["softmax"]["natural"]["minus_control"] is None
+        assert summary["elu"]["natural"]["pearson"]["mean"] == pytest.approx(0.84)
+        # t(1) at 97.5 % is 12.706, and the standard error of (0.79, 0.89) is 0.05.
+        assert summary["elu"]["natural"]["pearson"]["low"] == pytest.approx(0.84 - 12.7062 * 0.05, abs=1e-4)
+        difference = summary["elu"]["natural"]["minus_control"]
+        assert [difference[key] for key in ("mean", "low", "high")] == pytest.approx([-0.01] * 3)
+        assert summary["elu"]["transferred"]["minus_control"]["mean"] == pytest.approx(0.15)
+        assert summary["elu"]["natural"]["spearman"]["mean"] == pytest.approx(0.42)
+
+    def test_one_seed_has_no_interval(self) -> None:
+        (natural,) = (recipe.over_seeds({"elu": [self.record("elu", 0.8)]})["elu"][stage] for stage in ("natural",))
+        assert natural["pearson"] == {"mean": 0.8, "low": None, "high": None, "n": 1}
+        assert natural["minus_control"] is None
+
+    def test_curves_are_averaged_point_by_point(self) -> None:
+        curve = recipe.mean_curve([self.record("elu", 0.8), self.record("elu", 0.6)])
+        assert curve == [{"step": 0, "pearson": 0.5}, {"step": 4, "pearson": pytest.approx(0.7)}]
 
 
 class TestAgain:
