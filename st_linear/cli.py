@@ -375,8 +375,13 @@ def evaluate(
     data: Data = "sample",
     split: Annotated[str, typer.Option(help="'train', 'dev' or 'test'.")] = "test",
     lengths: Lengths = "",
+    protocol: Annotated[
+        str,
+        typer.Option(help="How texts come to these lengths: 'repeat', …; an unknown name lists the choices."),
+    ] = "repeat",
     pairs_at_length: PairsAtLength = 200,
     plot: Annotated[Optional[Path], typer.Option(help="Write a plot of Pearson by length: .svg or .png.")] = None,  # noqa: UP045
+    seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Correlation of cosine similarities with gold scores, at natural length and at lengths of your choice.
@@ -388,6 +393,7 @@ def evaluate(
     from st_linear.data import load_pairs, source_name
     from st_linear.pair_head import find_dse_head
     from st_linear.plots import plot_pearson_by_length
+    from st_linear.protocols import check_protocol
     from st_linear.recipe import evaluate_model
     from st_linear.records import environment
     from st_linear.settings import Settings
@@ -395,7 +401,8 @@ def evaluate(
     if plot is not None:
         _check_plot(plot)
     pairs = load_pairs(data, split)
-    settings = Settings(lengths=_lengths(lengths), pairs_at_length=pairs_at_length)
+    settings = Settings(lengths=_lengths(lengths), pairs_at_length=pairs_at_length, seed=seed)
+    check_protocol(protocol)
     _say(f"Data: {source_name(data)} · {split}, {len(pairs)} pairs")
     # All of them, so that a wrong name is found out before the first is evaluated.
     loaded = {model: load(model) for model in models}
@@ -405,11 +412,20 @@ def evaluate(
         head = find_dse_head(model)
         if head is not None:
             _say(f"{name}: scores of its DSE head")
-        figures[name] = evaluate_model(model, pairs, settings if head is None else replace(settings, head="dse"))
+        asked = settings if head is None else replace(settings, head="dse")
+        figures[name] = evaluate_model(model, pairs, asked, protocol=protocol)
     if plot is not None:
         plot_pearson_by_length({model: _by_length(final) for model, final in figures.items()}, plot)
-    result = {"data": source_name(data), "split": split, "models": figures, "environment": environment()}
-    table = _figures_table(f"{split} of {source_name(data)}")
+    result = {
+        "data": source_name(data),
+        "split": split,
+        "protocol": protocol,
+        "seed": seed,
+        "models": figures,
+        "environment": environment(),
+    }
+    by = f", {protocol}" if settings.lengths else ""
+    table = _figures_table(f"{split} of {source_name(data)}{by}")
     for name, final in figures.items():
         _add_rows(table, name, final)
     _show(table, result, as_json)

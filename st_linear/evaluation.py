@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from datasets import Dataset
 from scipy.stats import norm, pearsonr, spearmanr, t
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.evaluation import BaseEvaluator
@@ -23,7 +24,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from st_linear.data import evenly_spaced, repeat_to_length, token_counts
+from st_linear.data import evenly_spaced, token_counts
+from st_linear.protocols import check_protocol, lengthen
 
 logger = logging.getLogger(__name__)
 
@@ -178,14 +180,15 @@ def report_correlation(metric: str, correlation: Correlation) -> str:
 
 class LengthSimilarityEvaluator(EmbeddingSimilarityEvaluator):
     """
-    Evaluate a model on sentence pairs whose texts are repeated to one or several lengths in tokens.
+    Evaluate a model on sentence pairs whose texts are brought to one or several lengths in tokens.
 
-    Every length asks the same question of the same pairs (see :func:`~st_linear.data.repeat_to_length`), so what
-    changes from one to the next is the model's reading of long text. Predictions are cosine similarities.
+    A protocol says how (see :func:`~st_linear.protocols.lengthen`), and what the figures mean. With ``repeat`` every
+    length asks the same question of the same pairs. Predictions are cosine similarities.
 
     After a call, ``results`` maps each length to its figures: those of :class:`Correlation`, ``mean_tokens`` (what the
     model reads of a text, after truncation), ``truncated`` (share of the texts that are longer than the model's
-    ``max_seq_length``), ``seconds`` (encoding alone) and ``tokens_per_second``.
+    ``max_seq_length``), ``mean_pairwise_cosine`` (of all texts with one another: near 1, vectors have drifted
+    together), ``seconds`` (encoding alone) and ``tokens_per_second``.
 
     Args:
         sentences1: The first sentences of the pairs.
@@ -193,6 +196,8 @@ class LengthSimilarityEvaluator(EmbeddingSimilarityEvaluator):
         scores: The gold similarities, on any scale.
         lengths: Lengths in tokens, special tokens and the model's default prompt included; None is the natural
             length.
+        protocol: One of :func:`~st_linear.protocols.protocol_names`.
+        seed: Of what the protocol draws.
         primary_length: The one of ``lengths`` whose figure is the primary metric; by default the first.
         main_metric: The primary metric's kind, ``"pearson"`` or ``"spearman"``.
         batch_size: Texts per batch up to 256 tokens a text. Longer texts go in proportionally smaller batches, so
@@ -205,6 +210,9 @@ class LengthSimilarityEvaluator(EmbeddingSimilarityEvaluator):
         ValueError: If the three columns differ in length, ``lengths`` is empty, has doubles or an entry that is
             neither None nor a positive integer, or another argument is none of its choices. On a call: if a text is
             longer than one of ``lengths`` or a correlation is not defined.
+
+    References:
+        - Length-Induced Embedding Collapse in Transformer-based Models: https://arxiv.org/abs/2410.24200
 
     Relations:
         - ``EmbeddingSimilarityEvaluator`` is the same at natural length, with a choice of similarities and of
@@ -233,6 +241,8 @@ class LengthSimilarityEvaluator(EmbeddingSimilarityEvaluator):
         scores: Sequence[float],
         *,
         lengths: Sequence[int | None] = (None,),
+        protocol: str = "repeat",
+        seed: int = 0,
         primary_length: int | None = None,
         main_metric: Literal["pearson", "spearman"] = "spearman",
         batch_size: int = 32,
@@ -252,6 +262,9 @@ class LengthSimilarityEvaluator(EmbeddingSimilarityEvaluator):
             raise ValueError(f"primary_length={primary_length!r} is none of lengths={self.lengths!r}")
         self.primary_length = self.lengths[0] if primary_length is None else primary_length
         self.main_metric = _metric("main_metric", main_metric)
+        check_protocol(protocol)
+        self.protocol = protocol
+        self.seed = seed
         super().__init__(
             list(sentences1),
             list(sentences2),
@@ -267,7 +280,7 @@ class LengthSimilarityEvaluator(EmbeddingSimilarityEvaluator):
         prefix = f"{name}_" if name else ""
         self.primary_metric = f"{prefix}{_metric_key(self.primary_length, self.main_metric)}"
         self.results: dict[int | None, dict[str, Any]] = {}
-        self._prepared: dict[int | None, tuple[Any, str, list[str], np.ndarray]] = {}
+        self._prepared: dict[int | None, tuple[Any, str, Dataset, np.ndarray]] = {}
 
     def __call__(  # type: ignore[override]  # narrows the model, as its parent does
         self, model: SentenceTransformer, output_path: str | None = None, epoch: int = -1, steps: int = -1
@@ -326,44 +339,48 @@ class LengthSimilarityEvaluator(EmbeddingSimilarityEvaluator):
         Returns:
             The lengths and the protocol that brought the texts to them.
         """
-        return {"lengths": list(self.lengths), "protocol": "repeat"}
+        return {"lengths": list(self.lengths), "protocol": self.protocol, "seed": self.seed}
 
     def _evaluate(self, model: SentenceTransformer, length: int | None) -> dict[str, Any]:
-        texts, counts = self._texts(model, length)
+        pairs, counts = self._pairs(model, length)
         limit = model.max_seq_length or math.inf
         read = np.minimum(counts, limit)
         batch_size = max(1, int(self.batch_size * min(1.0, _TOKENS_PER_TEXT / max(1.0, read.max()))))
         start = time.perf_counter()
-        embeddings = self.embed_inputs(model, texts, batch_size=batch_size)
+        embeddings = self.embed_inputs(model, _texts(pairs), batch_size=batch_size)
         seconds = time.perf_counter() - start
-        half = len(self.sentences1)
+        half = len(pairs)
         predictions = pairwise_cos_sim(embeddings[:half], embeddings[half:]).cpu().numpy()
         return {
-            **correlation(predictions, self.scores).as_dict(),
+            **correlation(predictions, pairs["score"]).as_dict(),
+            "mean_pairwise_cosine": _mean_pairwise_cosine(embeddings),
             "mean_tokens": float(read.mean()),
             "truncated": float((counts > limit).mean()),
             "seconds": seconds,
             "tokens_per_second": float(read.sum() / seconds),
         }
 
-    def _texts(self, model: SentenceTransformer, length: int | None) -> tuple[list[str], np.ndarray]:
-        """Both sides' texts at a length and their token counts, kept for the next call with the same tokenizer."""
+    def _pairs(self, model: SentenceTransformer, length: int | None) -> tuple[Dataset, np.ndarray]:
+        """The pairs at a length, and token counts of both sides, kept for the next call with the same tokenizer."""
         tokenizer = model.tokenizer
         prompt = model.prompts.get(model.default_prompt_name) if model.default_prompt_name else None
         prompt = prompt or ""
         kept = self._prepared.get(length)
         if kept is not None and kept[0] is tokenizer and kept[1] == prompt:
             return kept[2], kept[3]
-        texts = [*self.sentences1, *self.sentences2]
+        pairs = Dataset.from_dict(
+            {"sentence1": self.sentences1, "sentence2": self.sentences2, "score": [float(s) for s in self.scores]}
+        )
         if length is not None:
             # encode() puts the prompt before every text; without room for it each text would lose its end.
             empty, prompted = token_counts(["", prompt], tokenizer)
-            texts = repeat_to_length(texts, tokenizer, length - (prompted - empty))
+            pairs = lengthen(pairs, tokenizer, length - (prompted - empty), self.protocol, seed=self.seed)
+        texts = _texts(pairs)
         distinct = list(dict.fromkeys(texts))
         tokens = dict(zip(distinct, token_counts([prompt + text for text in distinct], tokenizer), strict=True))
         counts = np.array([tokens[text] for text in texts])
-        self._prepared[length] = (tokenizer, prompt, texts, counts)
-        return texts, counts
+        self._prepared[length] = (tokenizer, prompt, pairs, counts)
+        return pairs, counts
 
     def _append_csv(self, folder: Path, epoch: int, steps: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -494,6 +511,18 @@ class FidelityEvaluator(BaseEvaluator):
             model.max_seq_length = limit
         tokens = [output["token_embeddings"][output["attention_mask"].bool()].float().cpu() for output in outputs]
         return torch.stack([pooled[index] for index in range(len(texts))]).float().cpu(), tokens
+
+
+def _texts(pairs: Dataset) -> list[str]:
+    return [*pairs["sentence1"], *pairs["sentence2"]]
+
+
+def _mean_pairwise_cosine(embeddings: np.ndarray) -> float:
+    """Of all pairs of different rows: one minus it is what is left to tell texts apart."""
+    units = embeddings.astype(np.float64)
+    units /= np.maximum(np.linalg.norm(units, axis=1, keepdims=True), 1e-12)
+    count = len(units)
+    return float((np.square(units.sum(0)).sum() - count) / (count * (count - 1)))
 
 
 def _metric_key(length: int | None, metric: str) -> str:

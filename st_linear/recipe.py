@@ -415,9 +415,18 @@ def long_texts(model: SentenceTransformer, sentences: Sequence[str], window: int
 
 
 def evaluate_model(
-    model: SentenceTransformer, test: Dataset, settings: Settings, *, show_progress_bar: bool = True
+    model: SentenceTransformer,
+    test: Dataset,
+    settings: Settings,
+    *,
+    protocol: str = "repeat",
+    show_progress_bar: bool = True,
 ) -> dict[str, dict[str, Any]]:
-    """Figures on the test pairs: all at ``"natural"`` length, an evenly spaced subset at each of ``lengths``."""
+    """Figures on the test pairs: all at ``"natural"`` length, an evenly spaced subset at each of ``lengths``.
+
+    A protocol brings the texts to these lengths, see :func:`~st_linear.protocols.lengthen`; it draws with the
+    settings' seed.
+    """
     results = _evaluate_lengths(model, test, (None,), show_progress_bar)
     if settings.head == "dse":
         scores = PairScorer(model).predict(
@@ -426,7 +435,7 @@ def evaluate_model(
         results[None] |= correlation(np.asarray(scores), test["score"]).as_dict()
     if settings.lengths:
         subset = _some_pairs(test, settings.pairs_at_length)
-        results |= _evaluate_lengths(model, subset, settings.lengths, show_progress_bar)
+        results |= _evaluate_lengths(model, subset, settings.lengths, show_progress_bar, protocol, settings.seed)
     return {"natural" if length is None else str(length): figures for length, figures in results.items()}
 
 
@@ -435,13 +444,20 @@ def _some_pairs(pairs: Dataset, count: int) -> Dataset:
 
 
 def _evaluate_lengths(
-    model: SentenceTransformer, pairs: Dataset, lengths: Sequence[int | None], show_progress_bar: bool
+    model: SentenceTransformer,
+    pairs: Dataset,
+    lengths: Sequence[int | None],
+    show_progress_bar: bool,
+    protocol: str = "repeat",
+    seed: int = 0,
 ) -> dict[int | None, dict[str, Any]]:
     evaluator = LengthSimilarityEvaluator(
         pairs["sentence1"],
         pairs["sentence2"],
         pairs["score"],
         lengths=lengths,
+        protocol=protocol,
+        seed=seed,
         show_progress_bar=show_progress_bar,
         write_csv=False,
     )

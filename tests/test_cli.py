@@ -370,6 +370,10 @@ class TestErrors:
             ("evaluate bert --data pairs --lengths -5", "--lengths must be positive, got -5"),
             ("evaluate bert --data pairs --lengths 0", "--lengths must be positive, got 0"),
             ("evaluate bert --data pairs --pairs-at-length 3", "pairs_at_length must be at least 4, got 3"),
+            (
+                "evaluate bert --data pairs --protocol x",
+                "unknown protocol 'x'; choose one of: repeat, ",
+            ),
             ("evaluate bert --data pairs --plot x.pdf", "path='x.pdf' must end in .svg or .png"),
             (f"{DISTILL} --transfer x", "unknown transfer 'x'; choose one of: none, maps, all"),
             (f"{DISTILL} --head x", "unknown head 'x'; choose one of: cosine, dse"),

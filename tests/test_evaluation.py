@@ -17,12 +17,14 @@ from sentence_transformers import (
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
 from sentence_transformers.sentence_transformer.losses import CosineSimilarityLoss
 from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding, Transformer
-from sentence_transformers.util import pairwise_cos_sim
+from sentence_transformers.util import cos_sim, pairwise_cos_sim
 from tokenizers import Tokenizer
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
-from st_linear.data import repeat_to_length, token_counts
+from st_linear import convert
+from st_linear.data import load_pairs, repeat_to_length, token_counts
 from st_linear.evaluation import Correlation, LengthSimilarityEvaluator, Mean, correlation, report_correlation
+from st_linear.protocols import lengthen
 
 WORDS = ["cat", "dog", "bird", "sits", "runs", "sings", "red", "blue", "old", "new", "a", "the"]
 
@@ -188,7 +190,7 @@ def test_names_prefix_metrics_and_files(model: SentenceTransformer, pairs: tuple
     assert float(rows[1]["cosine_spearman"]) == first["sts_spearman_cosine"]
     assert float(rows[0]["truncated"]) == 0
     assert model.model_card_data.eval_results_dict[evaluator].keys() == first.keys()
-    assert evaluator.get_config_dict() == {"lengths": [32, None], "protocol": "repeat"}
+    assert evaluator.get_config_dict() == {"lengths": [32, None], "protocol": "repeat", "seed": 0}
 
 
 def test_no_csv_where_none_is_wanted(model: SentenceTransformer, pairs: tuple, tmp_path: Path) -> None:
@@ -233,7 +235,7 @@ def test_texts_are_made_once_per_tokenizer(
 ) -> None:
     evaluator = LengthSimilarityEvaluator(*pairs, lengths=(32,))
     first = evaluator(model)
-    monkeypatch.setattr("st_linear.evaluation.repeat_to_length", None)
+    monkeypatch.setattr("st_linear.evaluation.lengthen", None)
     assert evaluator(model) == first
     with pytest.raises(TypeError):
         evaluator(build(folder))
@@ -313,3 +315,21 @@ def test_a_mean_over_seeds_has_students_interval() -> None:
     assert [mean.low, mean.high] == pytest.approx([2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5], abs=1e-4)
     with pytest.raises(ValueError, match="values is empty"):
         Mean.of([])
+
+
+def test_the_protocol_says_which_texts_and_labels(minilm: str) -> None:
+    model = convert(minilm, feature_map="softmax")
+    pairs = load_pairs("sample", "dev").select(range(12))
+    columns = (pairs["sentence1"], pairs["sentence2"], pairs["score"])
+    evaluator = LengthSimilarityEvaluator(*columns, lengths=(None, 96), protocol="document", seed=3, write_csv=False)
+    evaluator(model)
+    made = lengthen(pairs, model.tokenizer, 96, "document", seed=3)
+    embeddings = [model.encode(made[column]) for column in ("sentence1", "sentence2")]
+    expected = correlation(pairwise_cos_sim(*embeddings).numpy(), made["score"])
+    assert evaluator.results[96]["pearson"] == pytest.approx(expected.pearson, abs=1e-5)
+    similarity = cos_sim(np.concatenate(embeddings), np.concatenate(embeddings)).numpy()
+    others = similarity[~np.eye(24, dtype=bool)]
+    assert evaluator.results[96]["mean_pairwise_cosine"] == pytest.approx(others.mean(), abs=1e-5)
+    assert evaluator.get_config_dict() == {"lengths": [None, 96], "protocol": "document", "seed": 3}
+    with pytest.raises(ValueError, match="unknown protocol 'x'; choose one of: repeat, "):
+        LengthSimilarityEvaluator(*columns, protocol="x")

@@ -31,6 +31,7 @@ LAYERS = [
     "teachers",
     "data",
     "mining",
+    "protocols",
     "evaluation",
     "transfer",
     "plots",

@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from functools import partial
+from statistics import mean
+from typing import Any
+
+import pytest
+from conftest import refused
+from datasets import Dataset
+from transformers import AutoTokenizer
+
+from st_linear.data import load_pairs, token_counts
+from st_linear.protocols import (
+    PAIRS_PER_DOCUMENT,
+    TRUNCATED_TO,
+    _filler,
+    _longest,
+    _surrounded,
+    lengthen,
+    protocol_names,
+)
+
+LENGTHS = (128, 300, 1024)
+FILLERS = [name for name in protocol_names() if name.startswith("filler")]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(minilm: str) -> Any:
+    return AutoTokenizer.from_pretrained(minilm)
+
+
+@pytest.fixture(scope="module")
+def pairs() -> Dataset:
+    return load_pairs("sample", "dev")
+
+
+def both(pairs: Dataset) -> list[str]:
+    return [*pairs["sentence1"], *pairs["sentence2"]]
+
+
+def test_the_choices() -> None:
+    assert protocol_names() == [
+        "repeat",
+        *(
+            f"filler-{kind}-{place}"
+            for kind in ("same", "different")
+            for place in ("start", "middle", "end", "random")
+        ),
+        "document",
+        "truncate",
+    ]
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("protocol", protocol_names())
+def test_no_text_is_longer_and_one_more_sentence_would_make_it_so(
+    pairs: Dataset, tokenizer: Any, protocol: str, length: int
+) -> None:
+    made = lengthen(pairs, tokenizer, length, protocol)
+    assert made.column_names == ["sentence1", "sentence2", "score"]
+    assert len(made) == len(pairs)
+    counts = token_counts(both(made), tokenizer)
+    bound = min(length, TRUNCATED_TO) if protocol == "truncate" else length
+    assert max(counts) <= bound
+    if protocol == "truncate" and length > TRUNCATED_TO:
+        assert min(counts) >= TRUNCATED_TO - 3
+        return
+    sentences = [*both(pairs), *_filler("first"), *_filler("second")]
+    longest = max(token_counts(sentences, tokenizer)) - 2
+    assert min(counts) > bound - longest
+
+
+@pytest.mark.parametrize("where", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("length", [30, 77, 400])
+def test_the_search_finds_what_trying_all_finds(pairs: Dataset, tokenizer: Any, length: int, where: float) -> None:
+    makers = [partial(_surrounded, sentence, _filler("first"), where) for sentence in pairs["sentence1"][:6]]
+    expected = []
+    for make in makers:
+        counts = token_counts([make(number) for number in range(60)], tokenizer)
+        assert counts[-1] > length
+        expected.append(make(max(number for number, count in enumerate(counts) if count <= length)))
+    assert _longest([(make, None) for make in makers], tokenizer, length) == expected
+
+
+@pytest.mark.parametrize("protocol", FILLERS)
+def test_the_sentence_stands_in_its_place(pairs: Dataset, tokenizer: Any, protocol: str) -> None:
+    made = lengthen(pairs, tokenizer, 512, protocol)
+    places = []
+    for sentence, text in zip(both(pairs), both(made)):
+        before, _, after = text.partition(sentence)
+        places.append(len(before) / len(before + after))
+    place = protocol.rpartition("-")[2]
+    low, high = {"start": (0, 0), "end": (1, 1), "middle": (0.35, 0.65), "random": (0, 1)}[place]
+    assert low <= min(places) <= max(places) <= high
+    if place == "random":
+        assert 0.3 < mean(places) < 0.7
+        assert max(places) - min(places) > 0.8
+
+
+def test_the_two_sides_share_their_filler_or_none_of_it(pairs: Dataset, tokenizer: Any) -> None:
+    def filler(protocol: str) -> list[tuple[set[str], set[str]]]:
+        made = lengthen(pairs, tokenizer, 256, protocol)
+        everything = [*_filler("first"), *_filler("second")]
+        return [
+            tuple({part for part in everything if part in text} for text in texts)  # type: ignore[misc]
+            for texts in zip(made["sentence1"], made["sentence2"])
+        ]
+
+    # The longer sentence leaves room for a few less.
+    assert all(a <= b or b <= a for a, b in filler("filler-same-end"))
+    assert not any(a & b for a, b in filler("filler-different-end"))
+
+
+@pytest.mark.parametrize("protocol", protocol_names())
+def test_labels(pairs: Dataset, tokenizer: Any, protocol: str) -> None:
+    made = lengthen(pairs, tokenizer, 256, protocol)
+    if protocol not in ("document", "truncate"):
+        assert made["score"] == pairs["score"]
+        return
+    by_sentence = {
+        (column, sentence): score
+        for column in ("sentence1", "sentence2")
+        for sentence, score in zip(pairs[column], pairs["score"])
+    }
+    for row, score in enumerate(made["score"]):
+        for column in ("sentence1", "sentence2"):
+            inside = [s for (c, text), s in by_sentence.items() if c == column and text in made[column][row]]
+            assert len(inside) == PAIRS_PER_DOCUMENT
+            assert mean(inside) == pytest.approx(score)
+    tenths = [sum(low / 5 <= score <= (low + 1) / 5 for score in made["score"]) for low in range(5)]
+    assert min(tenths) >= len(made) / 10
+    assert min(made["score"]) < 0.1
+    assert max(made["score"]) > 0.9
+
+
+@pytest.mark.parametrize("protocol", protocol_names())
+def test_a_seed_is_a_text_whatever_was_asked_before(pairs: Dataset, tokenizer: Any, protocol: str) -> None:
+    first = lengthen(pairs, tokenizer, 200, protocol, seed=3)
+    lengthen(pairs, tokenizer, 400, "filler-same-random", seed=4)
+    assert lengthen(pairs, tokenizer, 200, protocol, seed=3).to_dict() == first.to_dict()
+    drawn = "random" in protocol or "filler" in protocol or protocol in ("document", "truncate")
+    assert (lengthen(pairs, tokenizer, 200, protocol, seed=5).to_dict() != first.to_dict()) == drawn
+
+
+def test_texts_are_the_same_in_another_process(pairs: Dataset, tokenizer: Any, minilm: str) -> None:
+    code = f"""
+from transformers import AutoTokenizer
+from st_linear.data import load_pairs
+from st_linear.protocols import lengthen, protocol_names
+from st_linear.records import digest
+pairs, tokenizer = load_pairs("sample", "dev"), AutoTokenizer.from_pretrained({minilm!r})
+print(digest([lengthen(pairs, tokenizer, 128, name).to_dict() for name in protocol_names()]))
+"""
+    done = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        for _ in range(2)
+    ]
+    assert done[0] == done[1]
+    assert len(done[0].strip()) == 16
+
+
+def test_truncate_is_the_beginning_of_document(pairs: Dataset, tokenizer: Any) -> None:
+    documents = lengthen(pairs, tokenizer, 1024, "document")
+    cut = lengthen(pairs, tokenizer, 1024, "truncate")
+    assert cut["score"] == documents["score"]
+    assert all(whole.startswith(text) and whole != text for whole, text in zip(both(documents), both(cut)))
+
+
+def test_bad_input(pairs: Dataset, tokenizer: Any) -> None:
+    with refused("unknown protocol 'x'; choose one of: repeat, filler-same-start, "):
+        lengthen(pairs, tokenizer, 128, "x")
+    for length in (0, -1, 2.5, True):
+        with refused(f"length={length!r} must be a positive integer, in tokens"):
+            lengthen(pairs, tokenizer, length, "repeat")  # type: ignore[arg-type]
+    for protocol in FILLERS:
+        with refused("length=4 has no room for a text of"):
+            lengthen(pairs, tokenizer, 4, protocol)
+    with refused("length=16 has no room for documents of 4 pairs: 0 of 96 are short enough"):
+        lengthen(pairs, tokenizer, 16, "document")
+    with refused("the pairs have no column 'score'; their columns: sentence1, sentence2"):
+        lengthen(pairs.remove_columns("score"), tokenizer, 128, "repeat")
