@@ -160,21 +160,32 @@ def convert(
         Optional[Path],  # noqa: UP045
         typer.Option(help="Train the conversion on plain texts: a .txt file, or a folder of some."),
     ] = None,
-    steps: Annotated[int, typer.Option(help="Steps of that training, at most.")] = 250,
+    steps: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Steps of that training, at most; 250 by default."),
+    ] = None,
     train_lengths: Annotated[
-        str, typer.Option(help="Tokens of the passages that it trains on, comma-separated.")
-    ] = "512,2048,4096",
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Tokens of the passages that it trains on, comma-separated; 512,2048,4096 by default."),
+    ] = None,
     target: Annotated[
-        str, typer.Option(help="What it aims at: 'hidden' states and embeddings, or each layer's 'attention'.")
-    ] = "hidden",
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="What it aims at: 'hidden' states and embeddings, which is the default, or each layer's 'attention'."
+        ),
+    ] = None,
     check_texts: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(help="Measure fidelity on other texts too, in the end: a .txt file, or a folder of some."),
     ] = None,
     check_lengths: Annotated[
-        str, typer.Option(help="Tokens of the passages that it is measured on, comma-separated.")
-    ] = "512,2048,8192",
-    check_passages: Annotated[int, typer.Option(help="Passages of each of these lengths, at most.")] = 1000,
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Tokens of the passages that it is measured on, comma-separated; 512,2048,8192 by default."),
+    ] = None,
+    check_passages: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Passages of each of these lengths, at most; 1000 by default."),
+    ] = None,
     export_adapter: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(help="Write the adapter alone, too, in a folder of its own."),
@@ -197,11 +208,15 @@ def convert(
     from st_linear.recipe import base_name
 
     check_model_folder(output)
-    settings = transfer.TransferSettings(
-        steps=steps,
-        lengths=_lengths(train_lengths),
-        target=target,  # type: ignore[arg-type]
-        seed=seed,
+    chosen: dict[str, Any] = {
+        "steps": steps,
+        "lengths": None if train_lengths is None else _lengths(train_lengths),
+        "target": target,
+    }
+    settings = transfer.TransferSettings(seed=seed, **{k: v for k, v in chosen.items() if v is not None})
+    _refuse_without("--texts", texts, {"--steps": steps, "--train-lengths": train_lengths, "--target": target})
+    _refuse_without(
+        "--check-texts", check_texts, {"--check-lengths": check_lengths, "--check-passages": check_passages}
     )
     training = None if texts is None else load_texts(texts)
     other_texts = None if check_texts is None else load_texts(check_texts)
@@ -236,10 +251,14 @@ def convert(
     table = _two_columns(f"Converted {model}", result)
     checking = {}
     if other_texts is not None:
-        checking = transfer.cut_passages(other_texts, converted, _lengths(check_lengths), check_passages)
+        lengths = _lengths("512,2048,8192" if check_lengths is None else check_lengths)
+        checking = transfer.cut_passages(
+            other_texts, converted, lengths, 1000 if check_passages is None else check_passages
+        )
     checkpoints = output.resolve().with_name(f".{output.resolve().name}.training")
     if training is not None:
-        _say(f"Training {encoder.feature_map}, window {encoder.window}, on {len(training)} texts: up to {steps} steps")
+        what = f"{encoder.feature_map}, window {encoder.window}"
+        _say(f"Training {what}, on {len(training)} texts: up to {settings.steps} steps")
         result["training"] = transfer.transfer(converted, training, checkpoints, settings=settings)
     if checking:
         _say("Comparing with the encoder as it was")
@@ -622,6 +641,13 @@ def _check_plot(path: Path) -> None:
     from st_linear.plots import new_figure
 
     new_figure(path)
+
+
+def _refuse_without(needed: str, value: Any, options: dict[str, Any]) -> None:
+    """Raise a ValueError if an option is given that says nothing without another one."""
+    for name, given in options.items():
+        if given is not None and value is None:
+            raise ValueError(f"{name} {given} says nothing without {needed}")
 
 
 def _student_folder(output: Path, name: str, seed: int) -> Path:

@@ -510,7 +510,7 @@ def _taught(gold: Dataset, teacher: Teacher, settings: Settings) -> Dataset:
     train = gold.remove_columns("score").add_column("score", labels)
     if teacher.mined is None:
         return train
-    # The teacher's score stands in for the gold one. The objective is what it would be with alpha = 1.
+    # The teacher's score stands in for the gold one: squares of the same difference add up to those of alpha = 1.
     activated = TEACHER_ACTIVATIONS["identity" if settings.teacher_activation == "sigmoid" else "sigmoid"]
     scores = torch.tensor(teacher.mined["score"], dtype=torch.float64)
     labels = torch.stack([activated(scores), scores], dim=1).tolist()
@@ -577,7 +577,7 @@ def _training_arguments(output: Path, settings: Settings, **options: Any) -> Sen
         "report_to": "none",
         "dataloader_pin_memory": torch.cuda.is_available(),
         "bf16": settings.half,
-        "use_cpu": not torch.cuda.is_available(),
+        "use_cpu": not torch.accelerator.is_available(),
         "seed": settings.seed,
     }
     return SentenceTransformerTrainingArguments(**(defaults | options))
