@@ -332,6 +332,8 @@ def distill(
 
     _check_plot(output / "learning.svg")
     draws = _numbers("--seeds", seeds)
+    if not draws:
+        raise ValueError("--seeds is empty: name one at least")
     settings = Settings(
         epochs=epochs,
         batch_size=batch_size,
@@ -654,21 +656,15 @@ def _student_folder(output: Path, name: str, seed: int) -> Path:
     return output / name.replace(":", "-") / f"seed-{seed}"
 
 
-def _numbers(option: str, text: str) -> tuple[int, ...]:
+def _numbers(option: str, text: str, what: str = "whole numbers") -> tuple[int, ...]:
     try:
-        numbers = tuple(dict.fromkeys(int(part) for part in text.split(",") if part.strip()))
+        return tuple(dict.fromkeys(int(part) for part in text.split(",") if part.strip()))
     except ValueError:
-        raise ValueError(f"{option} must be whole numbers, comma-separated, got {text!r}") from None
-    if not numbers:
-        raise ValueError(f"{option} is empty: name one at least")
-    return numbers
+        raise ValueError(f"{option} must be {what}, comma-separated, got {text!r}") from None
 
 
 def _lengths(text: str) -> tuple[int, ...]:
-    try:
-        lengths = tuple(dict.fromkeys(int(part) for part in text.split(",") if part.strip()))
-    except ValueError:
-        raise ValueError(f"--lengths must be numbers of tokens, comma-separated, got {text!r}") from None
+    lengths = _numbers("--lengths", text, "numbers of tokens")
     for length in lengths:
         if length < 1:
             raise ValueError(f"--lengths must be positive, got {length}")

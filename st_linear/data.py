@@ -252,6 +252,12 @@ def passages(text: str, tokenizer: Any, length: int) -> list[str]:
     return cut
 
 
+def check_length(length: int) -> None:
+    """Raise a ValueError unless ``length`` is a positive integer."""
+    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+        raise ValueError(f"length={length!r} must be a positive integer, in tokens")
+
+
 def repeat_to_length(texts: Sequence[str], tokenizer: Any, length: int) -> list[str]:
     """
     Repeat each text, whole and joined by spaces, as often as fits in ``length`` tokens.
@@ -270,8 +276,7 @@ def repeat_to_length(texts: Sequence[str], tokenizer: Any, length: int) -> list[
     Raises:
         ValueError: If ``length`` is not a positive integer, or a text is longer than it or has no tokens.
     """
-    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
-        raise ValueError(f"length={length!r} must be a positive integer, in tokens")
+    check_length(length)
     distinct = list(dict.fromkeys(texts))
     once = token_counts(distinct, tokenizer)
     twice = token_counts([_repeat(text, 2) for text in distinct], tokenizer)

@@ -10,7 +10,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from st_linear.data import repeat_to_length, token_counts
+from st_linear.data import check_length, repeat_to_length, token_counts
 
 TRUNCATED_TO = 512
 """Tokens that ``truncate`` leaves of a text."""
@@ -20,7 +20,8 @@ PAIRS_PER_DOCUMENT = 4
 
 _FIRST_TRIAL = 8
 
-_PLACES = ("start", "middle", "end", "random")
+_PLACES = {"start": 0.0, "middle": 0.5, "end": 1.0, "random": None}
+"""Share of the filler that comes before the sentence; None = drawn."""
 
 _Protocol = Callable[[Dataset, Any, int, int], Dataset]
 
@@ -68,8 +69,7 @@ def lengthen(pairs: Dataset, tokenizer: Any, length: int, protocol: str = "repea
         (True, True)
     """
     check_protocol(protocol)
-    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
-        raise ValueError(f"length={length!r} must be a positive integer, in tokens")
+    check_length(length)
     for column in ("sentence1", "sentence2", "score"):
         if column not in pairs.column_names:
             raise ValueError(f"the pairs have no column {column!r}; their columns: {', '.join(pairs.column_names)}")
@@ -93,7 +93,7 @@ def _repeated(pairs: Dataset, tokenizer: Any, length: int, seed: int) -> Dataset
     return _dataset(texts[:count], texts[count:], pairs["score"])
 
 
-def _filled(pairs: Dataset, tokenizer: Any, length: int, seed: int, *, same: bool, place: str) -> Dataset:
+def _filled(pairs: Dataset, tokenizer: Any, length: int, seed: int, *, same: bool, place: float | None) -> Dataset:
     columns = []
     for side, column in enumerate(("sentence1", "sentence2")):
         pool = _filler("first" if same or side == 0 else "second")
@@ -102,9 +102,9 @@ def _filled(pairs: Dataset, tokenizer: Any, length: int, seed: int, *, same: boo
             draw = random.Random(f"{seed} {row} {0 if same else side}")
             order = draw.sample(pool, len(pool))
             # Drawn once for a pair: where the sentence stands must not tell its sides apart.
-            where = {"start": 0.0, "middle": 0.5, "end": 1.0}.get(place, random.Random(f"{seed} {row} place").random())
+            where = random.Random(f"{seed} {row} place").random() if place is None else place
             texts.append(partial(_surrounded, sentence, order, where))
-        columns.append(_longest([(text, None) for text in texts], tokenizer, length))
+        columns.append(_longest(texts, tokenizer, length, least=0))
     return _dataset(columns[0], columns[1], pairs["score"])
 
 
@@ -123,16 +123,17 @@ def _documents(pairs: Dataset, tokenizer: Any, length: int, seed: int) -> Datase
         max(pair) - special + 1
         for pair in zip(*(token_counts(pairs[column], tokenizer) for column in ("sentence1", "sentence2")))
     ]
-    rows = sorted((row for row, cost in enumerate(costs) if cost <= room), key=lambda row: (pairs["score"][row], row))
+    scores = [float(score) for score in pairs["score"]]
+    rows = sorted((row for row, cost in enumerate(costs) if cost <= room), key=lambda row: (scores[row], row))
     if len(rows) < PAIRS_PER_DOCUMENT:
         raise ValueError(
             f"length={length} has no room for documents of {PAIRS_PER_DOCUMENT} pairs: {len(rows)} of {len(pairs)} "
             "are short enough"
         )
-    scores = {row: float(score) for row, score in enumerate(pairs["score"])}
+    sentences = [list(pairs[column]) for column in ("sentence1", "sentence2")]
     low, high = scores[rows[0]], scores[rows[-1]]
     near = max(PAIRS_PER_DOCUMENT, len(rows) // 10)
-    columns: tuple[list[Any], list[Any]] = ([], [])
+    columns: tuple[list[Callable[[int], str]], list[Callable[[int], str]]] = ([], [])
     labels = []
     for number in range(len(pairs)):
         draw = random.Random(f"{seed} {number}")
@@ -140,14 +141,11 @@ def _documents(pairs: Dataset, tokenizer: Any, length: int, seed: int) -> Datase
         target = low + (high - low) * (number + draw.random()) / len(pairs)
         chosen = draw.sample(sorted(rows, key=lambda row: (abs(scores[row] - target), row))[:near], PAIRS_PER_DOCUMENT)
         labels.append(sum(scores[row] for row in chosen) / PAIRS_PER_DOCUMENT)
-        for side, column in enumerate(("sentence1", "sentence2")):
+        for side, column in zip(sentences, columns):
             order = draw.sample(chosen, PAIRS_PER_DOCUMENT)
-            columns[side].append([pairs[column][row] for row in order])
-    texts = [
-        _longest([(partial(_cycled, some), PAIRS_PER_DOCUMENT) for some in column], tokenizer, length)
-        for column in columns
-    ]
-    return _dataset(texts[0], texts[1], labels)
+            column.append(partial(_cycled, [side[row] for row in order]))
+    first, second = (_longest(column, tokenizer, length, least=PAIRS_PER_DOCUMENT) for column in columns)
+    return _dataset(first, second, labels)
 
 
 def _cycled(sentences: Sequence[str], count: int) -> str:
@@ -158,48 +156,40 @@ def _truncated(pairs: Dataset, tokenizer: Any, length: int, seed: int) -> Datase
     documents = _documents(pairs, tokenizer, length, seed)
     if length <= TRUNCATED_TO:
         return documents
-    columns = [[_cut(text, tokenizer) for text in documents[column]] for column in ("sentence1", "sentence2")]
-    return _dataset(columns[0], columns[1], documents["score"])
+    room = TRUNCATED_TO - token_counts([""], tokenizer)[0]
+    first, second = ([_cut(text, tokenizer, room) for text in documents[c]] for c in ("sentence1", "sentence2"))
+    return _dataset(first, second, documents["score"])
 
 
-def _cut(text: str, tokenizer: Any) -> str:
-    special = token_counts([""], tokenizer)[0]
+def _cut(text: str, tokenizer: Any, room: int) -> str:
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False)
-    offsets = encoding["offset_mapping"][: TRUNCATED_TO - special]
-    return text[: offsets[-1][1]]
+    return text[: encoding["offset_mapping"][:room][-1][1]]
 
 
-def _longest(texts: Sequence[tuple[Callable[[int], str], int | None]], tokenizer: Any, length: int) -> list[str]:
-    """Of each text by its number of sentences, the longest within ``length`` tokens; see :func:`lengthen`.
-
-    Each comes with the number that it has at least; None = none but the sentence it is about.
-    """
-    most = [least or 0 for _, least in texts]
-    counts = token_counts([make(number) for (make, _), number in zip(texts, most)], tokenizer)
-    for row, count in enumerate(counts):
+def _longest(texts: Sequence[Callable[[int], str]], tokenizer: Any, length: int, *, least: int) -> list[str]:
+    """Of each text by its number of sentences, the longest within ``length`` tokens; it has ``least`` of them."""
+    most = [least] * len(texts)
+    fitting = token_counts([make(least) for make in texts], tokenizer)
+    for make, count in zip(texts, fitting):
         if count > length:
-            raise ValueError(
-                f"length={length} has no room for a text of {count} tokens: {texts[row][0](most[row])[:60]!r}"
-            )
+            raise ValueError(f"length={length} has no room for a text of {count} tokens: {make(least)[:60]!r}")
     too_many: list[int | None] = [None] * len(texts)
-    tokens_each = [1.0] * len(texts)
-    trial = [number + _FIRST_TRIAL for number in most]
+    trial = [least + _FIRST_TRIAL] * len(texts)
     # All rows at once, as tokenizers are fast on batches; each trial is where those before it say the end should be.
     active = list(range(len(texts)))
-    fitting = list(counts)
     while active:
-        counts = token_counts([texts[row][0](trial[row]) for row in active], tokenizer)
+        counts = token_counts([texts[row](trial[row]) for row in active], tokenizer)
         for row, count in zip(active, counts):
-            tokens_each[row] = max(1.0, (count - fitting[row]) / (trial[row] - most[row]))
+            tokens_each = max(1.0, (count - fitting[row]) / (trial[row] - most[row]))
             if count <= length:
                 most[row], fitting[row] = trial[row], count
             else:
                 too_many[row] = trial[row]
-            guess = most[row] + max(1, int((length - fitting[row]) / tokens_each[row]))
+            guess = most[row] + max(1, int((length - fitting[row]) / tokens_each))
             bound = too_many[row]
             trial[row] = guess if bound is None else min(guess, bound - 1)
         active = [row for row in active if too_many[row] != most[row] + 1]
-    return [make(number) for (make, _), number in zip(texts, most)]
+    return [make(number) for make, number in zip(texts, most)]
 
 
 @cache
@@ -214,9 +204,9 @@ def _dataset(first: Sequence[str], second: Sequence[str], scores: Sequence[float
 _PROTOCOLS: dict[str, _Protocol] = {
     "repeat": _repeated,
     **{
-        f"filler-{kind}-{place}": partial(_filled, same=kind == "same", place=place)
+        f"filler-{kind}-{place}": partial(_filled, same=kind == "same", place=share)
         for kind in ("same", "different")
-        for place in _PLACES
+        for place, share in _PLACES.items()
     },
     "document": _documents,
     "truncate": _truncated,

@@ -51,6 +51,7 @@ from st_linear.teachers import (
     read_teacher_scores,
     train_teacher,
 )
+from st_linear.transfer import run_trainer
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +134,8 @@ def prepare_teacher(
         FileNotFoundError: If what is given is not there.
     """
     check_model_folder(output / "model")
-    _check_lengths(load(base), pairs, settings)
+    encoder = load(base)
+    _check_lengths(encoder, pairs, settings)
     splits = {"train": pairs.train, "dev": pairs.dev, "test": pairs.test}
     mined = None
     if teacher is not None and teacher_scores is not None:
@@ -170,7 +172,7 @@ def prepare_teacher(
         if settings.mined:
             unlabelled = mine_pairs(
                 pairs.train,
-                load(base),
+                encoder,
                 settings.mined,
                 exclude=pairs.unseen(),
                 seed=settings.seed,
@@ -274,14 +276,12 @@ def distil(
         seed=settings.seed,
     )
     _check_lengths(model, pairs, settings)
-    untrained = evaluate_model(model, pairs.test, Settings(lengths=()), show_progress_bar=show_progress_bar)["natural"]
+    measure = partial(evaluate_model, model, pairs.test, Settings(lengths=()), show_progress_bar=show_progress_bar)
+    untrained = measure()["natural"]
     started = time.perf_counter()
     transfer_model(model, student, training_sentences(pairs.train), output, settings, show_progress_bar)
     transferred = time.perf_counter()
-    after_transfer = None
-    if student.transfer != "none":
-        some = Settings(lengths=())
-        after_transfer = evaluate_model(model, pairs.test, some, show_progress_bar=show_progress_bar)["natural"]
+    after_transfer = None if student.transfer == "none" else measure()["natural"]
     began = time.perf_counter()
     curve = _train(model, pairs, teacher, output, settings, show_progress_bar)
     trained = time.perf_counter()
@@ -383,16 +383,8 @@ def transfer_model(
         disable_tqdm=not show_progress_bar,
     )
     dataset = Dataset.from_dict({"text": texts})
-    _run(SentenceTransformerTrainer(model=model, args=arguments, train_dataset=dataset, loss=loss))
+    run_trainer(SentenceTransformerTrainer(model=model, args=arguments, train_dataset=dataset, loss=loss))
     model.requires_grad_(True)
-
-
-def _run(trainer: SentenceTransformerTrainer) -> None:
-    try:
-        trainer.train()
-    finally:
-        # Under bfloat16 accelerate gives the model a forward method of its own, and leaves it there.
-        trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
 
 
 def long_texts(model: SentenceTransformer, sentences: Sequence[str], window: int, settings: Settings) -> list[str]:
@@ -500,7 +492,7 @@ def _train(
         evaluator=curve,
         callbacks=[curve],
     )
-    _run(trainer)
+    run_trainer(trainer)
     return curve.points
 
 

@@ -279,12 +279,17 @@ def _train(
     checkpoint = _last_whole_checkpoint(folder)
     if checkpoint is not None:
         logger.warning("Going on from %s", checkpoint)
+    run_trainer(trainer, checkpoint)
+    return 0 if checkpoint is None else _step_of(checkpoint), trainer.state.global_step
+
+
+def run_trainer(trainer: SentenceTransformerTrainer, checkpoint: Path | None = None) -> None:
+    """Train, from a checkpoint on where there is one, and leave the model as it was but for its weights."""
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
         # Under bfloat16 accelerate gives the model a forward method of its own, and leaves it there.
-        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    return 0 if checkpoint is None else _step_of(checkpoint), trainer.state.global_step
+        trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
 
 
 def _keep_checkpoints_of(folder: Path, asked: dict[str, Any]) -> None:

@@ -81,7 +81,7 @@ def test_the_search_finds_what_trying_all_finds(pairs: Dataset, tokenizer: Any, 
         counts = token_counts([make(number) for number in range(60)], tokenizer)
         assert counts[-1] > length
         expected.append(make(max(number for number, count in enumerate(counts) if count <= length)))
-    assert _longest([(make, None) for make in makers], tokenizer, length) == expected
+    assert _longest(makers, tokenizer, length, least=0) == expected
 
 
 @pytest.mark.parametrize("protocol", FILLERS)
