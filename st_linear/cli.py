@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 import sys
 import traceback
 from contextlib import redirect_stdout
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -396,60 +397,83 @@ def evaluate(
     data: Data = "sample",
     split: Annotated[str, typer.Option(help="'train', 'dev' or 'test'.")] = "test",
     lengths: Lengths = "",
-    protocol: Annotated[
+    protocols: Annotated[
         str,
-        typer.Option(help="How texts come to these lengths: 'repeat', …; an unknown name lists the choices."),
+        typer.Option(
+            help="How texts come to these lengths, comma-separated: 'repeat', …, or 'all'; an unknown name lists the "
+            "choices."
+        ),
     ] = "repeat",
-    pairs_at_length: PairsAtLength = 200,
+    pairs_at_length: Annotated[
+        str, typer.Option(help="Pairs read at each of the lengths, evenly spaced: a number, or one for each length.")
+    ] = "200",
+    references: Annotated[
+        bool,
+        typer.Option("--references", help="Also BM25, and the mean of the first model's static token embeddings."),
+    ] = False,
     plot: Annotated[Optional[Path], typer.Option(help="Write a plot of Pearson by length: .svg or .png.")] = None,  # noqa: UP045
+    output: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--output", "-o", help="Folder of record, table and plot; finished cells are kept."),
+    ] = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Correlation of cosine similarities with gold scores, at natural length and at lengths of your choice.
+    """Correlation of cosine similarities with gold scores, at natural length and over a grid of lengths and protocols.
 
     Example: `st-linear evaluate sentence-transformers/all-MiniLM-L6-v2 my-model --data sentence-transformers/stsb
-    --lengths 512,2048 --plot lengths.svg`
+    --lengths 512,2048 --protocols repeat,document --references --output runs/evaluation`
     """
     from st_linear import load
     from st_linear.data import load_pairs, source_name
+    from st_linear.grid import Grid, evaluate_grid
     from st_linear.pair_head import find_dse_head
-    from st_linear.plots import plot_pearson_by_length
-    from st_linear.protocols import check_protocol
+    from st_linear.protocols import protocol_names
     from st_linear.recipe import evaluate_model
-    from st_linear.records import environment
+    from st_linear.records import environment, write_json, write_text
+    from st_linear.references import BM25, static_embeddings
     from st_linear.settings import Settings
 
-    if plot is not None:
-        _check_plot(plot)
+    plots = [path for path in (plot, None if output is None else output / "pearson.svg") if path is not None]
+    for path in plots:
+        _check_plot(path)
     pairs = load_pairs(data, split)
-    settings = Settings(lengths=_lengths(lengths), pairs_at_length=pairs_at_length, seed=seed)
-    check_protocol(protocol)
+    names = tuple(protocol_names()) if protocols == "all" else tuple(dict.fromkeys(_names(protocols) or ()))
+    counts = _numbers("--pairs-at-length", pairs_at_length, distinct=False)
+    grid = Grid(_lengths(lengths), names, counts, seed)
     _say(f"Data: {source_name(data)} · {split}, {len(pairs)} pairs")
     # All of them, so that a wrong name is found out before the first is evaluated.
-    loaded = {model: load(model) for model in models}
+    loaded: dict[str, Any] = {model: load(model) for model in models}
+    first = loaded[models[0]]
+    if references:
+        loaded |= {"bm25": BM25(), f"static {models[0]}": static_embeddings(first)}
     figures = {}
     for name, model in loaded.items():
         _say(f"Evaluating {name}")
-        head = find_dse_head(model)
+        head = None if isinstance(model, BM25) else find_dse_head(model)
         if head is not None:
             _say(f"{name}: scores of its DSE head")
-        asked = settings if head is None else replace(settings, head="dse")
-        figures[name] = evaluate_model(model, pairs, asked, protocol=protocol)
-    if plot is not None:
-        plot_pearson_by_length({model: _by_length(final) for model, final in figures.items()}, plot)
+            figures[name] = evaluate_model(model, pairs, Settings(lengths=grid.lengths, head="dse"))
+            continue
+        # The references read the very texts that the first model reads.
+        tokenizer = None if name in models else first.tokenizer
+        folder = None if output is None else output / "cells" / _file_name(name)
+        figures[name] = evaluate_grid(model, pairs, grid, tokenizer=tokenizer, folder=folder)
     result = {
         "data": source_name(data),
         "split": split,
-        "protocol": protocol,
-        "seed": seed,
+        "grid": asdict(grid),
         "models": figures,
         "environment": environment(),
     }
-    by = f", {protocol}" if settings.lengths else ""
-    table = _figures_table(f"{split} of {source_name(data)}{by}")
-    for name, final in figures.items():
-        _add_rows(table, name, final)
-    _show(table, result, as_json)
+    for path in plots:
+        _plot_grid(figures, path)
+    title = f"{split} of {source_name(data)}"
+    if output is not None:
+        write_json(output / "record.json", result)
+        write_text(output / "table.md", _markdown(_side_by_side(figures, title)))
+        _say(f"record.json, table.md and pearson.svg are in {output}")
+    _show(_grid_table(figures, title), result, as_json)
 
 
 @app.command(cls=_Command)
@@ -656,11 +680,19 @@ def _student_folder(output: Path, name: str, seed: int) -> Path:
     return output / name.replace(":", "-") / f"seed-{seed}"
 
 
-def _numbers(option: str, text: str, what: str = "whole numbers") -> tuple[int, ...]:
+def _file_name(name: str) -> str:
+    """A name of a model as that of a folder, another one for each."""
+    from st_linear.records import digest
+
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.") + "-" + digest(name)[:6]
+
+
+def _numbers(option: str, text: str, what: str = "whole numbers", *, distinct: bool = True) -> tuple[int, ...]:
     try:
-        return tuple(dict.fromkeys(int(part) for part in text.split(",") if part.strip()))
+        numbers = tuple(int(part) for part in text.split(",") if part.strip())
     except ValueError:
         raise ValueError(f"{option} must be {what}, comma-separated, got {text!r}") from None
+    return tuple(dict.fromkeys(numbers)) if distinct else numbers
 
 
 def _lengths(text: str) -> tuple[int, ...]:
@@ -691,6 +723,28 @@ def _feature_map_kwargs(num_features: int | None) -> dict[str, Any] | None:
 
 def _by_length(final: dict[str, Any]) -> dict[int | None, dict[str, Any]]:
     return {None if length == "natural" else int(length): figures for length, figures in final.items()}
+
+
+def _plot_grid(figures: dict[str, dict[str, Any]], path: Path) -> None:
+    from st_linear.evaluation import NATURAL
+    from st_linear.plots import plot_pearson_by_length, plot_pearson_by_protocol
+
+    protocols = dict.fromkeys(name for grid in figures.values() for name in grid if name != NATURAL)
+    panels: dict[str, dict[str, dict[int | None, Any]]] = {
+        protocol: {
+            model: {int(length): some for length, some in grid[protocol].items()}
+            for model, grid in figures.items()
+            if protocol in grid
+        }
+        for protocol in protocols
+    }
+    if len(panels) > 1:
+        plot_pearson_by_protocol(panels, path)
+        return
+    by_length = next(iter(panels.values()), {})
+    plot_pearson_by_length(
+        {model: {None: grid[NATURAL], **by_length.get(model, {})} for model, grid in figures.items()}, path
+    )
 
 
 def _warn_of_weak_teacher(teacher: Any, records: Any) -> None:
@@ -730,8 +784,9 @@ def _over_seeds(result: dict[str, Any]) -> Table:
                 _mean(means[key], sign=key == "minus_control") for key in ("pearson", "spearman", "minus_control")
             ]
             trained = stage == "natural" and taught is not None
-            share = f"{means['pearson']['mean'] / taught:.1%}" if trained and taught else "–"
-            table.add_row(name, stage, str(means["pearson"]["n"]), *cells, share)
+            pearson = means["pearson"]
+            share = f"{pearson['mean'] / taught:.1%}" if trained and taught and pearson else "–"
+            table.add_row(name, stage, str(pearson["n"]) if pearson else "–", *cells, share)
     return table
 
 
@@ -743,25 +798,61 @@ def _mean(mean: dict[str, Any] | None, sign: bool = False) -> str:
     return value if mean["low"] is None else f"{value} [{100 * mean['low']:{form}}, {100 * mean['high']:{form}}]"
 
 
-def _figures_table(title: str) -> Table:
+def _figures_table(title: str, *columns: str) -> Table:
+    """A table that :func:`_add_rows` fills; ``columns`` stand between the model and the length."""
     table = Table(title=title, caption="Pearson and Spearman × 100, with 95 % intervals")
-    for column in ("model", "length", "tokens read", "cut", "pairs", "Pearson", "Spearman"):
-        table.add_column(column, justify="left" if column == "model" else "right")
+    for column in ("model", *columns, "length", "tokens read", "cut", "pairs", "Pearson", "Spearman"):
+        table.add_column(column, justify="left" if column in ("model", *columns) else "right")
     return table
 
 
-def _add_rows(table: Table, name: str, final: dict[str, Any]) -> None:
-    from st_linear.evaluation import METRICS, Correlation, report_correlation
-
+def _add_rows(table: Table, name: str, final: dict[str, Any], *cells: str) -> None:
     for length, figures in final.items():
-        pearson, spearman = (
-            report_correlation(metric, Correlation(**{f.name: figures[f.name] for f in fields(Correlation)}))
-            for metric in METRICS
-        )
         # A teacher's scores come without the texts they are of.
         read = f"{figures['mean_tokens']:,.0f}" if "mean_tokens" in figures else "–"
         cut = f"{figures['truncated']:.0%}" if "truncated" in figures else "–"
-        table.add_row(name, length, read, cut, str(figures["n"]), pearson, spearman)
+        table.add_row(name, *cells, length, read, cut, str(figures["n"]), *_correlations(figures))
+
+
+def _correlations(figures: dict[str, Any]) -> tuple[str, ...]:
+    """Pearson and Spearman, as printed."""
+    from st_linear.evaluation import METRICS, Correlation, report_correlation
+
+    if figures.get("undefined"):
+        return f"undefined: {figures['undefined']}", "–"
+    found = Correlation(**{field.name: figures[field.name] for field in fields(Correlation)})
+    return tuple(report_correlation(metric, found) for metric in METRICS)
+
+
+def _grid_table(models: dict[str, dict[str, Any]], title: str) -> Table:
+    """All figures, a row for each model and cell."""
+    from st_linear.evaluation import NATURAL
+
+    table = _figures_table(title, "protocol")
+    for name, grid in models.items():
+        for protocol, figures in grid.items():
+            by_length = {NATURAL: figures} if protocol == NATURAL else figures
+            _add_rows(table, name, by_length, "–" if protocol == NATURAL else protocol)
+    return table
+
+
+def _side_by_side(models: dict[str, dict[str, Any]], title: str) -> Table:
+    """Pearson alone, a row for each cell and a column for each model."""
+    from st_linear.evaluation import NATURAL
+
+    table = Table(title=title)
+    for column in ("protocol", "length", "pairs", *models):
+        table.add_column(column)
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for name, grid in models.items():
+        for protocol, figures in grid.items():
+            for length, some in ({NATURAL: figures} if protocol == NATURAL else figures).items():
+                rows.setdefault(("–" if protocol == NATURAL else protocol, length), {})[name] = some
+    for cell, by_model in rows.items():
+        pairs = str(next(iter(by_model.values()))["n"])
+        figures_of = (by_model.get(name) for name in models)
+        table.add_row(*cell, pairs, *("–" if some is None else _correlations(some)[0] for some in figures_of))
+    return table
 
 
 def _fidelity_of(result: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -26,10 +26,14 @@ from tqdm.auto import tqdm
 
 from st_linear.data import evenly_spaced, token_counts
 from st_linear.protocols import check_protocol, lengthen
+from st_linear.references import BM25
 
 logger = logging.getLogger(__name__)
 
 METRICS = ("pearson", "spearman")
+
+NATURAL = "natural"
+"""Stands for the protocol, where texts keep the length they have."""
 
 # A batch of natural sentences stays as large as asked up to this many tokens a text.
 _TOKENS_PER_TEXT = 256
@@ -37,6 +41,14 @@ _TOKENS_PER_TEXT = 256
 _TOKENS_PER_BATCH = 8192
 
 _TEXTS_FOR_TOKENS = 64
+
+# Float32 vectors of equal texts differ by some 1e-6 from batch to batch, and so their cosine from 1 by 1e-12; the
+# least that a sentence among 8,192 tokens of the same filler moves it is 1e-7.
+_SPREAD_OF_A_CONSTANT = 1e-9
+
+
+class UndefinedCorrelationError(ValueError):
+    """Predictions that no correlation is defined for: some are not finite, or all are equal."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +96,9 @@ def correlation(
         Both correlations with their intervals.
 
     Raises:
-        ValueError: If the two differ in length, there are fewer than 4 pairs, or either holds NaN or an infinity or
-            is constant, for which a correlation is not defined.
+        ValueError: If the two differ in length, there are fewer than 4 pairs, or the labels hold NaN or an infinity or
+            are constant, for which a correlation is not defined.
+        UndefinedCorrelationError: A ValueError: if the predictions do, or are constant but for rounding.
 
     References:
         - Bonett and Wright (2000), Sample size requirements for estimating Pearson, Kendall and Spearman correlations,
@@ -101,11 +114,15 @@ def correlation(
     """
     if not 0 < confidence_level < 1:
         raise ValueError(f"confidence_level={confidence_level!r} must be between 0 and 1")
-    x = _checked("predictions", predictions)
-    y = _checked("labels", labels)
+    x = _numbers("predictions", predictions)
+    y = checked_labels("labels", labels)
     if len(x) != len(y):
         raise ValueError(f"predictions has {len(x)} values, labels {len(y)}; they must be as many")
     n = len(x)
+    if not np.isfinite(x).all():
+        raise UndefinedCorrelationError(f"{np.sum(~np.isfinite(x))} of {n} predictions are not finite")
+    if np.ptp(x) <= _SPREAD_OF_A_CONSTANT * np.abs(x).max():
+        raise UndefinedCorrelationError(f"all {n} predictions are {x[0]:g}")
     pearson = pearsonr(x, y)
     interval = pearson.confidence_interval(confidence_level)
     rank = float(spearmanr(x, y).statistic)
@@ -180,15 +197,17 @@ def report_correlation(metric: str, correlation: Correlation) -> str:
 
 class LengthSimilarityEvaluator(EmbeddingSimilarityEvaluator):
     """
-    Evaluate a model on sentence pairs whose texts are brought to one or several lengths in tokens.
+    Evaluate a model on sentence pairs whose texts are brought to lengths in tokens, by one protocol or several.
 
-    A protocol says how (see :func:`~st_linear.protocols.lengthen`), and what the figures mean. With ``repeat`` every
-    length asks the same question of the same pairs. Predictions are cosine similarities.
+    A protocol says how a text becomes long (see :func:`~st_linear.protocols.lengthen`), and what the figures mean.
+    Predictions are cosine similarities.
 
-    After a call, ``results`` maps each length to its figures: those of :class:`Correlation`, ``mean_tokens`` (what the
-    model reads of a text, after truncation), ``truncated`` (share of the texts that are longer than the model's
-    ``max_seq_length``), ``mean_pairwise_cosine`` (of all texts with one another: near 1, vectors have drifted
-    together), ``seconds`` (encoding alone) and ``tokens_per_second``.
+    After a call, ``results[protocol][length]`` holds the figures of each cell, and ``results["natural"][None]`` those
+    of the natural length, where it is one of ``lengths``: the fields of :class:`Correlation`, ``undefined`` (None, or
+    why there is no correlation; its figures are None then), ``mean_tokens`` (what the model reads of a text, after
+    truncation), ``truncated`` (share of the texts that are longer than the model's ``max_seq_length``),
+    ``mean_pairwise_cosine`` (of all texts with one another: near 1, vectors have drifted together), ``seconds``
+    (encoding alone) and ``tokens_per_second``.
 
     Args:
         sentences1: The first sentences of the pairs.
@@ -196,20 +215,23 @@ class LengthSimilarityEvaluator(EmbeddingSimilarityEvaluator):
         scores: The gold similarities, on any scale.
         lengths: Lengths in tokens, special tokens and the model's default prompt included; None is the natural
             length.
-        protocol: One of :func:`~st_linear.protocols.protocol_names`.
-        seed: Of what the protocol draws.
+        protocols: Some of :func:`~st_linear.protocols.protocol_names`; each is asked at each of ``lengths`` that is a
+            number.
+        seed: Of what the protocols draw.
         primary_length: The one of ``lengths`` whose figure is the primary metric; by default the first.
+        primary_protocol: The one of ``protocols`` likewise.
         main_metric: The primary metric's kind, ``"pearson"`` or ``"spearman"``.
         batch_size: Texts per batch up to 256 tokens a text. Longer texts go in proportionally smaller batches, so
             memory stays about that of ``batch_size * 256`` tokens.
+        tokenizer: What measures lengths; by default the model's own. :class:`~st_linear.references.BM25` has none.
         name: The data's name, prefix of the metrics and part of the CSV file's name.
-        show_progress_bar: Show progress over lengths and within each.
-        write_csv: Append one row per length and call to a CSV file in ``output_path``.
+        show_progress_bar: Show progress over the cells and within each.
+        write_csv: Append one row per cell and call to a CSV file in ``output_path``.
 
     Raises:
-        ValueError: If the three columns differ in length, ``lengths`` is empty, has doubles or an entry that is
-            neither None nor a positive integer, or another argument is none of its choices. On a call: if a text is
-            longer than one of ``lengths`` or a correlation is not defined.
+        ValueError: If the three columns differ in length, hold fewer than 4 pairs or equal scores alone, ``lengths``
+            or ``protocols`` is empty or has doubles, or an argument is none of its choices. On a call: if a text is
+            longer than one of ``lengths``.
 
     References:
         - Length-Induced Embedding Collapse in Transformer-based Models: https://arxiv.org/abs/2410.24200
@@ -227,11 +249,16 @@ class LengthSimilarityEvaluator(EmbeddingSimilarityEvaluator):
 
             pairs = load_pairs("sentence-transformers/stsb", "test")
             evaluator = LengthSimilarityEvaluator(
-                pairs["sentence1"], pairs["sentence2"], pairs["score"], lengths=(None, 512, 2048), name="stsb"
+                pairs["sentence1"],
+                pairs["sentence2"],
+                pairs["score"],
+                lengths=(None, 512, 2048),
+                protocols=("repeat", "document"),
+                name="stsb",
             )
             metrics = evaluator(load("my-model"))
-            # metrics["stsb_spearman_cosine"], metrics["stsb_2048_pearson_cosine"], …
-            # evaluator.results[2048]["tokens_per_second"], …
+            # metrics["stsb_spearman_cosine"], metrics["stsb_document_2048_pearson_cosine"], …
+            # evaluator.results["document"][2048]["tokens_per_second"], …
     """
 
     def __init__(
@@ -241,11 +268,13 @@ class LengthSimilarityEvaluator(EmbeddingSimilarityEvaluator):
         scores: Sequence[float],
         *,
         lengths: Sequence[int | None] = (None,),
-        protocol: str = "repeat",
+        protocols: Sequence[str] = ("repeat",),
         seed: int = 0,
         primary_length: int | None = None,
+        primary_protocol: str | None = None,
         main_metric: Literal["pearson", "spearman"] = "spearman",
         batch_size: int = 32,
+        tokenizer: Any = None,
         name: str = "",
         show_progress_bar: bool = False,
         write_csv: bool = True,
@@ -257,14 +286,17 @@ class LengthSimilarityEvaluator(EmbeddingSimilarityEvaluator):
             )
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size={batch_size!r} must be a positive integer")
+        checked_labels("scores", scores)
         self.lengths = _checked_lengths(lengths)
+        self.protocols = _checked_protocols(protocols)
         if primary_length is not None and primary_length not in self.lengths:
             raise ValueError(f"primary_length={primary_length!r} is none of lengths={self.lengths!r}")
+        if primary_protocol is not None and primary_protocol not in self.protocols:
+            raise ValueError(f"primary_protocol={primary_protocol!r} is none of protocols={self.protocols!r}")
         self.primary_length = self.lengths[0] if primary_length is None else primary_length
         self.main_metric = _metric("main_metric", main_metric)
-        check_protocol(protocol)
-        self.protocol = protocol
         self.seed = seed
+        self.tokenizer = tokenizer
         super().__init__(
             list(sentences1),
             list(sentences2),
@@ -276,17 +308,25 @@ class LengthSimilarityEvaluator(EmbeddingSimilarityEvaluator):
             write_csv=write_csv,
         )
         self.csv_file = f"length_{self.csv_file}"
-        self.csv_headers = [*self.csv_headers[:2], "length", *self.csv_headers[2:], "mean_tokens", "truncated"]
+        self.csv_headers = [
+            *self.csv_headers[:2],
+            "protocol",
+            "length",
+            *self.csv_headers[2:],
+            "mean_tokens",
+            "truncated",
+        ]
+        protocol = NATURAL if self.primary_length is None else primary_protocol or self.protocols[0]
         prefix = f"{name}_" if name else ""
-        self.primary_metric = f"{prefix}{_metric_key(self.primary_length, self.main_metric)}"
-        self.results: dict[int | None, dict[str, Any]] = {}
-        self._prepared: dict[int | None, tuple[Any, str, Dataset, np.ndarray]] = {}
+        self.primary_metric = f"{prefix}{_metric_key(protocol, self.primary_length, self.main_metric)}"
+        self.results: dict[str, dict[int | None, dict[str, Any]]] = {}
+        self._prepared: dict[tuple[str, int | None], tuple[Any, str, Dataset, np.ndarray]] = {}
 
     def __call__(  # type: ignore[override]  # narrows the model, as its parent does
-        self, model: SentenceTransformer, output_path: str | None = None, epoch: int = -1, steps: int = -1
+        self, model: SentenceTransformer | BM25, output_path: str | None = None, epoch: int = -1, steps: int = -1
     ) -> dict[str, float]:
         """
-        Evaluate a model at every length.
+        Evaluate a model at every length, by every protocol.
 
         Args:
             model: The model.
@@ -296,26 +336,34 @@ class LengthSimilarityEvaluator(EmbeddingSimilarityEvaluator):
 
         Returns:
             ``{name}_pearson_cosine`` and ``{name}_spearman_cosine`` for the natural length,
-            ``{name}_{length}_pearson_cosine`` and so on for the others.
+            ``{name}_{protocol}_{length}_pearson_cosine`` and so on for the others; NaN where it is undefined.
         """
-        results: dict[int | None, dict[str, Any]] = {}
-        for length in tqdm(self.lengths, desc="Lengths", unit="length", disable=not self.show_progress_bar):
-            results[length] = self._evaluate(model, length)
+        results: dict[str, dict[int | None, dict[str, Any]]] = {}
+        metrics: dict[str, float] = {}
+        for protocol, length in tqdm(self._cells(), desc="Lengths", unit="cell", disable=not self.show_progress_bar):
+            figures = self._evaluate(model, protocol, length)
+            results.setdefault(protocol, {})[length] = figures
+            for metric in METRICS:
+                value = figures[metric]
+                metrics[_metric_key(protocol, length, metric)] = math.nan if value is None else value
             logger.info(
-                "%s at %s: Pearson %.4f, Spearman %.4f (%.0f tokens a text, %.0f tokens/s)",
+                "%s, %s: %s (%.0f tokens a text)",
                 self.name or "Similarity",
-                "natural length" if length is None else f"{length} tokens",
-                *(results[length][key] for key in (*METRICS, "mean_tokens", "tokens_per_second")),
+                "natural length" if length is None else f"{protocol} at {length} tokens",
+                figures["undefined"] or "Pearson {pearson:.4f}, Spearman {spearman:.4f}".format(**figures),
+                figures["mean_tokens"],
             )
         self.results = results
         if output_path is not None and self.write_csv:
             self._append_csv(Path(output_path), epoch, steps)
-        metrics = {
-            _metric_key(length, metric): results[length][metric] for length in self.lengths for metric in METRICS
-        }
         metrics = self.prefix_name_to_metrics(metrics, self.name)
-        self.store_metrics_in_model_card_data(model, metrics, epoch, steps)
+        if not isinstance(model, BM25):
+            self.store_metrics_in_model_card_data(model, metrics, epoch, steps)
         return metrics
+
+    def _cells(self) -> list[tuple[str, int | None]]:
+        cells: list[tuple[str, int | None]] = [(NATURAL, None)] if None in self.lengths else []
+        return cells + [(name, length) for name in self.protocols for length in self.lengths if length is not None]
 
     def embed_inputs(self, model: SentenceTransformer, sentences: Any, **kwargs: Any) -> np.ndarray:
         """
@@ -337,35 +385,57 @@ class LengthSimilarityEvaluator(EmbeddingSimilarityEvaluator):
         List what the model card shall tell of this evaluator.
 
         Returns:
-            The lengths and the protocol that brought the texts to them.
+            The lengths and the protocols that brought the texts to them.
         """
-        return {"lengths": list(self.lengths), "protocol": self.protocol, "seed": self.seed}
+        return {"lengths": list(self.lengths), "protocols": list(self.protocols), "seed": self.seed}
 
-    def _evaluate(self, model: SentenceTransformer, length: int | None) -> dict[str, Any]:
-        pairs, counts = self._pairs(model, length)
-        limit = model.max_seq_length or math.inf
+    def _evaluate(self, model: SentenceTransformer | BM25, protocol: str, length: int | None) -> dict[str, Any]:
+        pairs, counts = self._pairs(model, protocol, length)
+        limit = (None if isinstance(model, BM25) else model.max_seq_length) or math.inf
         read = np.minimum(counts, limit)
-        batch_size = max(1, int(self.batch_size * min(1.0, _TOKENS_PER_TEXT / max(1.0, read.max()))))
+        collapse: float | None = None
         start = time.perf_counter()
-        embeddings = self.embed_inputs(model, _texts(pairs), batch_size=batch_size)
-        seconds = time.perf_counter() - start
-        half = len(pairs)
-        predictions = pairwise_cos_sim(embeddings[:half], embeddings[half:]).cpu().numpy()
+        if isinstance(model, BM25):
+            predictions = model.similarities(pairs["sentence1"], pairs["sentence2"])
+            seconds = time.perf_counter() - start
+        else:
+            batch_size = max(1, int(self.batch_size * min(1.0, _TOKENS_PER_TEXT / max(1.0, read.max()))))
+            embeddings = self.embed_inputs(model, _texts(pairs), batch_size=batch_size)
+            seconds = time.perf_counter() - start
+            # Between texts that are alike but for a sentence, cosines differ by less than float32 can tell.
+            embeddings = embeddings.astype(np.float64)
+            half = len(pairs)
+            predictions = pairwise_cos_sim(embeddings[:half], embeddings[half:]).cpu().numpy()
+            collapse = _mean_pairwise_cosine(embeddings)
+        figures: dict[str, Any]
+        try:
+            figures = {**correlation(predictions, pairs["score"]).as_dict(), "undefined": None}
+        except UndefinedCorrelationError as error:
+            figures = {field.name: None for field in fields(Correlation)}
+            figures |= {"n": len(pairs), "undefined": str(error)}
         return {
-            **correlation(predictions, pairs["score"]).as_dict(),
-            "mean_pairwise_cosine": _mean_pairwise_cosine(embeddings),
+            **figures,
+            "mean_pairwise_cosine": collapse,
             "mean_tokens": float(read.mean()),
             "truncated": float((counts > limit).mean()),
             "seconds": seconds,
             "tokens_per_second": float(read.sum() / seconds),
         }
 
-    def _pairs(self, model: SentenceTransformer, length: int | None) -> tuple[Dataset, np.ndarray]:
-        """The pairs at a length, and token counts of both sides, kept for the next call with the same tokenizer."""
-        tokenizer = model.tokenizer
-        prompt = model.prompts.get(model.default_prompt_name) if model.default_prompt_name else None
-        prompt = prompt or ""
-        kept = self._prepared.get(length)
+    def _pairs(
+        self, model: SentenceTransformer | BM25, protocol: str, length: int | None
+    ) -> tuple[Dataset, np.ndarray]:
+        """The pairs of a cell, and token counts of both sides, kept for the next call with the same tokenizer."""
+        prompt = ""
+        if isinstance(model, BM25):
+            if self.tokenizer is None:
+                raise ValueError("BM25 has no tokenizer to measure lengths with: pass tokenizer, that of a model")
+            tokenizer = self.tokenizer
+        else:
+            tokenizer = self.tokenizer or model.tokenizer
+            if model.default_prompt_name:
+                prompt = model.prompts.get(model.default_prompt_name) or ""
+        kept = self._prepared.get((protocol, length))
         if kept is not None and kept[0] is tokenizer and kept[1] == prompt:
             return kept[2], kept[3]
         pairs = Dataset.from_dict(
@@ -374,12 +444,12 @@ class LengthSimilarityEvaluator(EmbeddingSimilarityEvaluator):
         if length is not None:
             # encode() puts the prompt before every text; without room for it each text would lose its end.
             empty, prompted = token_counts(["", prompt], tokenizer)
-            pairs = lengthen(pairs, tokenizer, length - (prompted - empty), self.protocol, seed=self.seed)
+            pairs = lengthen(pairs, tokenizer, length - (prompted - empty), protocol, seed=self.seed)
         texts = _texts(pairs)
         distinct = list(dict.fromkeys(texts))
         tokens = dict(zip(distinct, token_counts([prompt + text for text in distinct], tokenizer), strict=True))
         counts = np.array([tokens[text] for text in texts])
-        self._prepared[length] = (tokenizer, prompt, pairs, counts)
+        self._prepared[protocol, length] = (tokenizer, prompt, pairs, counts)
         return pairs, counts
 
     def _append_csv(self, folder: Path, epoch: int, steps: int) -> None:
@@ -390,9 +460,10 @@ class LengthSimilarityEvaluator(EmbeddingSimilarityEvaluator):
             writer = csv.writer(handle)
             if new:
                 writer.writerow(self.csv_headers)
-            for length, figures in self.results.items():
+            for protocol, length in self._cells():
+                figures = self.results[protocol][length]
                 row = [figures[key] for key in (*METRICS, "mean_tokens", "truncated")]
-                writer.writerow([epoch, steps, "natural" if length is None else length, *row])
+                writer.writerow([epoch, steps, protocol, NATURAL if length is None else length, *row])
 
 
 class FidelityEvaluator(BaseEvaluator):
@@ -517,22 +588,34 @@ def _texts(pairs: Dataset) -> list[str]:
     return [*pairs["sentence1"], *pairs["sentence2"]]
 
 
-def _mean_pairwise_cosine(embeddings: np.ndarray) -> float:
-    """Of all pairs of different rows: one minus it is what is left to tell texts apart."""
-    units = embeddings.astype(np.float64)
-    units /= np.maximum(np.linalg.norm(units, axis=1, keepdims=True), 1e-12)
+def _mean_pairwise_cosine(embeddings: np.ndarray) -> float | None:
+    """Of all pairs of different rows: one minus it is what is left to tell texts apart. None if not all are finite."""
+    if not np.isfinite(embeddings).all():
+        return None
+    units = embeddings / np.maximum(np.linalg.norm(embeddings, axis=1, keepdims=True), 1e-12)
     count = len(units)
     return float((np.square(units.sum(0)).sum() - count) / (count * (count - 1)))
 
 
-def _metric_key(length: int | None, metric: str) -> str:
-    return f"{metric}_cosine" if length is None else f"{length}_{metric}_cosine"
+def _metric_key(protocol: str, length: int | None, metric: str) -> str:
+    return f"{metric}_cosine" if length is None else f"{protocol}_{length}_{metric}_cosine"
 
 
 def _metric(argument: str, metric: str) -> str:
     if metric not in METRICS:
         raise ValueError(f"{argument}={metric!r} is none of {', '.join(METRICS)}")
     return metric
+
+
+def _checked_protocols(protocols: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(protocols, str):
+        raise ValueError(f"protocols={protocols!r} must be a sequence of names: ({protocols!r},)")
+    checked = tuple(protocols)
+    if not checked or len(set(checked)) != len(checked):
+        raise ValueError(f"protocols={checked!r} must hold at least one name, and each only once")
+    for protocol in checked:
+        check_protocol(protocol)
+    return checked
 
 
 def _checked_lengths(lengths: Sequence[int | None]) -> tuple[int | None, ...]:
@@ -545,15 +628,25 @@ def _checked_lengths(lengths: Sequence[int | None]) -> tuple[int | None, ...]:
     return checked
 
 
-def _checked(name: str, values: Sequence[float] | np.ndarray) -> np.ndarray:
-    array = np.asarray(values, dtype=np.float64)
-    if array.ndim != 1:
-        raise ValueError(f"{name} has shape {array.shape}; one number per pair is needed")
-    if len(array) < 4:
-        raise ValueError(f"{name} has {len(array)} values; a correlation with an interval needs at least 4")
+def checked_labels(name: str, values: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Gold scores as an array.
+
+    Raises:
+        ValueError: If they are fewer than 4, not all finite, or all equal: nothing correlates with such.
+    """
+    array = _numbers(name, values)
     if not np.isfinite(array).all():
         position = int(np.flatnonzero(~np.isfinite(array))[0])
         raise ValueError(f"{name}[{position}] is {array[position]}; every value must be finite")
     if (array == array[0]).all():
         raise ValueError(f"{name} are all {array[0]:g}; a correlation with a constant is not defined")
+    return array
+
+
+def _numbers(name: str, values: Sequence[float] | np.ndarray) -> np.ndarray:
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 1:
+        raise ValueError(f"{name} has shape {array.shape}; one number per pair is needed")
+    if len(array) < 4:
+        raise ValueError(f"{name} has {len(array)} values; a correlation with an interval needs at least 4")
     return array

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v")
 _SUFFIXES = (".svg", ".png")
+_PANELS_A_ROW = 4
 
 
 def plot_learning_curves(curves: dict[str, list[dict[str, Any]]], path: str | Path) -> None:
@@ -48,10 +49,11 @@ def plot_pearson_by_length(results: dict[str, dict[int | None, dict[str, Any]]],
     Plot how models hold up as texts grow: Pearson times 100 with its interval against tokens, one line per model.
 
     Args:
-        results: By model, the figures by length as ``LengthSimilarityEvaluator.results`` holds them (``pearson``,
-            ``pearson_low``, ``pearson_high``, ``mean_tokens``). The natural length, None (or ``"null"`` as in a
-            record read back from JSON), is drawn at its ``mean_tokens``, and so is a length at which texts were cut.
-            Lengths read on equally many pairs (``n``) are joined by a line.
+        results: By model, the figures by length as ``LengthSimilarityEvaluator.results`` holds them for a protocol
+            (``pearson``, ``pearson_low``, ``pearson_high``, ``mean_tokens``). The natural length, None (or ``"null"``
+            as in a record read back from JSON), is drawn at its ``mean_tokens``, and so is a length at which texts
+            were cut. Lengths read on equally many pairs (``n``) are joined by a line. An undefined correlation is
+            left out.
         path: A ``.svg`` or ``.png`` file, written atomically.
 
     Raises:
@@ -59,22 +61,71 @@ def plot_pearson_by_length(results: dict[str, dict[int | None, dict[str, Any]]],
         ImportError: If matplotlib is not installed.
     """
     figure, axes = new_figure(path)
+    _draw_lengths(axes, "results", results, cut_where_read=True)
+    axes.set_xlabel("tokens per text")
+    axes.set_ylabel("Pearson × 100")
+    axes.set_title("The same texts, longer: the flatter, the better (bars: 95 % intervals)", loc="left")
+    _save(figure, axes, path)
+
+
+def plot_pearson_by_protocol(
+    results: dict[str, dict[str, dict[int | None, dict[str, Any]]]], path: str | Path
+) -> None:
+    """
+    Plot how models hold up as texts grow, a panel for each protocol.
+
+    Args:
+        results: By protocol and model, the figures by length as for :func:`plot_pearson_by_length`. A length at which
+            texts were cut stays where it is, as the texts that were asked for are as long.
+        path: A ``.svg`` or ``.png`` file, written atomically.
+
+    Raises:
+        ValueError: If there is nothing to draw, a figure is missing, or the suffix is another.
+        ImportError: If matplotlib is not installed.
+    """
+    figure, first = new_figure(path)
     _nonempty("results", results)
+    first.remove()
+    columns = min(_PANELS_A_ROW, len(results))
+    rows = math.ceil(len(results) / columns)
+    figure.set_size_inches(3 * columns + 2, 2.6 * rows + 0.6)
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
+    for axes, (protocol, by_model) in zip(panels, results.items()):
+        _style(axes)
+        _draw_lengths(axes, f"results[{protocol!r}]", by_model, cut_where_read=False)
+        axes.set_title(protocol, loc="left", fontsize="medium")
+    for axes in panels[len(results) :]:
+        axes.remove()
+    for axes in panels[max(0, len(results) - columns) : len(results)]:
+        axes.tick_params(axis="x", labelbottom=True, labelrotation=45)
+    figure.supxlabel("tokens per text")
+    figure.supylabel("Pearson × 100")
+    handles = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles.keys(), frameon=False, loc="outside right upper")
+    _write(figure, path)
+
+
+def _draw_lengths(
+    axes: Axes, argument: str, results: dict[str, dict[int | None, dict[str, Any]]], *, cut_where_read: bool
+) -> None:
+    _nonempty(argument, results)
     ticks: set[int] = set()
     for index, (model, by_length) in enumerate(results.items()):
+        defined = {length: figures for length, figures in by_length.items() if not figures.get("undefined")}
         columns = {
-            key: _column("results", model, list(by_length.values()), key)
+            key: _column(argument, model, list(defined.values()), key)
             for key in ("pearson", "pearson_low", "pearson_high", "mean_tokens")
         }
-        natural = [length in (None, "null") for length in by_length]
+        as_read = [
+            length in (None, "null") or bool(cut_where_read and figures.get("truncated"))
+            for length, figures in defined.items()
+        ]
         tokens = [
-            mean if is_natural or figures.get("truncated") else float(length)  # type: ignore[arg-type]
-            for (length, figures), is_natural, mean in zip(
-                by_length.items(), natural, columns["mean_tokens"], strict=True
-            )
+            mean if read else float(length)  # type: ignore[arg-type]
+            for length, read, mean in zip(defined, as_read, columns["mean_tokens"], strict=True)
         ]
         ticks.update(round(count) for count in tokens)
-        pairs = [figures.get("n") for figures in by_length.values()]
+        pairs = [figures.get("n") for figures in defined.values()]
         points = sorted(
             zip(tokens, columns["pearson"], columns["pearson_low"], columns["pearson_high"], pairs, strict=True)
         )
@@ -98,10 +149,6 @@ def plot_pearson_by_length(results: dict[str, dict[int | None, dict[str, Any]]],
     axes.set_xticks(_apart(sorted(ticks)))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.minorticks_off()
-    axes.set_xlabel("tokens per text")
-    axes.set_ylabel("Pearson × 100")
-    axes.set_title("The same texts, longer: the flatter, the better (bars: 95 % intervals)", loc="left")
-    _save(figure, axes, path)
 
 
 def new_figure(path: str | Path) -> tuple[Figure, Axes]:
@@ -120,10 +167,14 @@ def new_figure(path: str | Path) -> tuple[Figure, Axes]:
         raise ImportError('plots need matplotlib: pip install "st-linear[quickstart]"') from error
     figure = Figure(figsize=(8, 4.8), layout="constrained")
     axes = figure.add_subplot()
+    _style(axes)
+    return figure, axes
+
+
+def _style(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="0.9")
     axes.set_axisbelow(True)
-    return figure, axes
 
 
 def _line(index: int) -> dict[str, Any]:
@@ -164,6 +215,10 @@ def _apart(ticks: Sequence[int]) -> list[int]:
 
 def _save(figure: Figure, axes: Axes, path: str | Path) -> None:
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    _write(figure, path)
+
+
+def _write(figure: Figure, path: str | Path) -> None:
     suffix = Path(path).suffix.lower()[1:]
     # Without a date, the same figures give the same picture.
     metadata = {"Date": None} if suffix == "svg" else None

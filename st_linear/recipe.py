@@ -28,7 +28,7 @@ from transformers import TrainerCallback, set_seed
 
 from st_linear.adapters import NO_ADAPTER
 from st_linear.data import evenly_spaced, load_pairs, repeat_to_length, source_name, token_counts, training_sentences
-from st_linear.evaluation import METRICS, LengthSimilarityEvaluator, Mean, correlation
+from st_linear.evaluation import METRICS, NATURAL, LengthSimilarityEvaluator, Mean, correlation
 from st_linear.losses import TEACHER_ACTIVATIONS, AttentionTransferLoss, DistillationLoss
 from st_linear.mining import mine_pairs
 from st_linear.models import check_model_folder, convert, load, save_model
@@ -313,7 +313,8 @@ def over_seeds(students: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str,
     Returns:
         By name and stage (``"untrained"``, ``"transferred"`` where it was, and each length of ``final``): the means
         over seeds of ``pearson``, of ``spearman``, and of ``minus_control``, the difference in Pearson from the
-        softmax student of the same seed and stage, None where there is no such student.
+        softmax student of the same seed and stage, None where there is no such student. All three are None where the
+        figures of a seed are undefined.
     """
     stages = {name: [_stages(record) for record in records] for name, records in students.items()}
     control = next((n for n, records in students.items() if records[0]["student"]["feature_map"] == "softmax"), None)
@@ -321,17 +322,19 @@ def over_seeds(students: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str,
     for name, seeds in stages.items():
         summary[name] = {}
         for stage in seeds[0]:
-            figures: dict[str, Any] = {
-                metric: asdict(Mean.of([seed[stage][metric] for seed in seeds])) for metric in METRICS
-            }
-            figures["minus_control"] = None
+            figures: dict[str, Any] = dict.fromkeys((*METRICS, "minus_control"))
+            summary[name][stage] = figures
+            if any(seed[stage].get("undefined") for seed in seeds):
+                continue
+            figures |= {metric: asdict(Mean.of([seed[stage][metric] for seed in seeds])) for metric in METRICS}
             # The control is not transferred: what the others gain on it then is against the original.
             against = "untrained" if stage == "transferred" else stage
-            if control is not None and name != control:
+            if control is None or name == control:
+                continue
+            if not any(seed[against].get("undefined") for seed in stages[control]):
                 pairs = zip(seeds, stages[control])
                 differences = [own[stage]["pearson"] - other[against]["pearson"] for own, other in pairs]
                 figures["minus_control"] = asdict(Mean.of(differences))
-            summary[name][stage] = figures
     return summary
 
 
@@ -448,13 +451,13 @@ def _evaluate_lengths(
         pairs["sentence2"],
         pairs["score"],
         lengths=lengths,
-        protocol=protocol,
+        protocols=(protocol,),
         seed=seed,
         show_progress_bar=show_progress_bar,
         write_csv=False,
     )
     evaluator(model)
-    return dict(evaluator.results)
+    return {**evaluator.results.get(NATURAL, {}), **evaluator.results.get(protocol, {})}
 
 
 def _train(
@@ -542,6 +545,8 @@ class _Curve(BaseEvaluator, TrainerCallback):
         if step:
             self.seconds += time.perf_counter() - self.resumed
         figures = evaluate_model(self.model, self.dev, self.settings, show_progress_bar=False)["natural"]
+        if figures["undefined"]:
+            raise ValueError(f"the student can't be measured on dev after {step} steps: {figures['undefined']}")
         self.resumed = time.perf_counter()
         # The last batch of an epoch is smaller: count whole epochs as such.
         epochs, rest = divmod(step, math.ceil(self.examples / self.settings.batch_size))

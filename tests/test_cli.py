@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 import st_linear
 from st_linear import cli, models, recipe
+from st_linear.protocols import protocol_names
 from st_linear.records import read_json
 from st_linear.settings import Settings
 
@@ -184,7 +185,8 @@ class TestEvaluate:
         line = "evaluate bert converted --data pairs --lengths 16,40,16 --pairs-at-length 5 --plot plots/lengths.svg"
         code, out, _ = run(line)
         assert code == 0
-        rows = [[cell.strip() for cell in line.split("│")[1:6]] for line in out.splitlines() if line.startswith("│")]
+        rows = [[cell.strip() for cell in line.split("│")[1:7]] for line in out.splitlines() if line.startswith("│")]
+        rows = [[name, *cells] for name, _, *cells in rows]
         figures = [["natural", "10"], ["16", "5"], ["40", "5"]]
         assert [[name, length, pairs] for name, length, _, _, pairs in rows] == [
             [name, *row] for name in ("bert", "converted") for row in figures
@@ -208,9 +210,39 @@ class TestEvaluate:
     ) -> None:
         constant = Dense(32, 32, init_weight=torch.zeros(32, 32), init_bias=torch.ones(32))
         SentenceTransformer(modules=[Transformer(bert), Pooling(32, "mean"), constant]).save_pretrained("constant")
-        code, out, err = run("evaluate constant --data pairs")
-        assert (code, out) == (2, "")
-        assert "a correlation with a constant is not defined" in one_line_error(err)
+        code, out, _ = run("evaluate constant --data pairs --json")
+        assert code == 0
+        figures = json.loads(out)["models"]["constant"]["natural"]
+        assert (figures["pearson"], figures["undefined"]) == (None, "all 10 predictions are 1")
+        code, out, _ = run("evaluate constant --data pairs")
+        assert code == 0
+        assert "undefined: all 10 predictions are 1" in " ".join(out.replace("│", " ").split())
+
+    def test_a_grid_with_references(self, run: Callable[..., tuple[int, str, str]], place: Path) -> None:
+        line = "evaluate bert --data pairs --lengths 24,40 --pairs-at-length 6,5 --protocols repeat,filler-same-end"
+        code, out, _ = run(f"{line} --references --output grid --plot panels.png --json")
+        assert code == 0
+        result = json.loads(out)
+        assert read_json("grid/record.json") == result
+        assert list(result["models"]) == ["bert", "bm25", "static bert"]
+        for grid in result["models"].values():
+            assert list(grid) == ["natural", "repeat", "filler-same-end"]
+            assert {length: figures["n"] for length, figures in grid["repeat"].items()} == {"24": 6, "40": 5}
+        rows = [row.split(" | ") for row in (place / "grid" / "table.md").read_text().splitlines()]
+        assert rows[0] == ["| protocol", "length", "pairs", "bert", "bm25", "static bert |"]
+        assert [row[0][2:] for row in rows[2:]] == ["–", *["repeat"] * 2, *["filler-same-end"] * 2]
+        svg = (place / "grid" / "pearson.svg").read_text()
+        assert svg.startswith("<?xml")
+        assert (place / "panels.png").read_bytes().startswith(b"\x89PNG")
+        assert len(list((place / "grid" / "cells").glob("*/*.json"))) == 15
+        again = json.loads(run(f"{line} --references --output grid --json")[1])
+        assert again["models"] == result["models"]
+
+    def test_all_protocols(self, run: Callable[..., tuple[int, str, str]], place: Path) -> None:
+        # Documents of four of these sentences are longer than the filler's.
+        code, out, _ = run("evaluate bert --data pairs --lengths 64 --pairs-at-length 8 --protocols all --json")
+        assert code == 0
+        assert list(json.loads(out)["models"]["bert"]) == ["natural", *protocol_names()]
 
 
 class TestDistill:
@@ -376,7 +408,7 @@ class TestErrors:
             ("evaluate bert --data pairs --lengths 0", "--lengths must be positive, got 0"),
             ("evaluate bert --data pairs --pairs-at-length 3", "pairs_at_length must be at least 4, got 3"),
             (
-                "evaluate bert --data pairs --protocol x",
+                "evaluate bert --data pairs --protocols x",
                 "unknown protocol 'x'; choose one of: repeat, ",
             ),
             ("evaluate bert --data pairs --plot x.pdf", "path='x.pdf' must end in .svg or .png"),

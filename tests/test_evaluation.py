@@ -113,9 +113,11 @@ def test_confidence_level_widens_the_intervals() -> None:
         ([1, 2, 3], [1, 2, 3], "predictions has 3 values; a correlation with an interval needs at least 4"),
         ([1, 2, 3, 4], [1, 2, 3], "labels has 3 values"),
         ([1, 2, 3, 4], [1, 2, 3, 4, 5], "predictions has 4 values, labels 5; they must be as many"),
-        ([1, 2, math.nan, 4], [1, 2, 3, 4], r"predictions\[2\] is nan; every value must be finite"),
+        ([1, 2, math.nan, 4], [1, 2, 3, 4], "1 of 4 predictions are not finite"),
         ([1, 2, 3, 4], [math.inf, 2, 3, 4], r"labels\[0\] is inf; every value must be finite"),
-        ([7, 7, 7, 7], [1, 2, 3, 4], "predictions are all 7; a correlation with a constant is not defined"),
+        ([7, 7, 7, 7], [1, 2, 3, 4], "all 4 predictions are 7"),
+        ([1, 1 + 1e-12, 1 - 1e-12, 1], [1, 2, 3, 4], "all 4 predictions are 1"),
+        ([0, 0, 0, 0], [1, 2, 3, 4], "all 4 predictions are 0"),
         ([1, 2, 3, 4], [0.5] * 4, "labels are all 0.5; a correlation with a constant is not defined"),
         ([[1, 2, 3, 4]], [1, 2, 3, 4], r"predictions has shape \(1, 4\); one number per pair is needed"),
     ],
@@ -123,6 +125,10 @@ def test_confidence_level_widens_the_intervals() -> None:
 def test_correlation_refuses(predictions: list, labels: list, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         correlation(predictions, labels)
+
+
+def test_predictions_that_differ_by_more_than_rounding_correlate() -> None:
+    assert correlation([1, 1 + 2e-7, 1 + 3e-7, 1 + 1e-7], [1, 3, 4, 2]).spearman == pytest.approx(1)
 
 
 @pytest.mark.parametrize("level", [0, 1, 95])
@@ -145,23 +151,25 @@ def test_natural_length_equals_the_parent(model: SentenceTransformer, pairs: tup
     assert ours(model) == pytest.approx(parent(model), abs=1e-6)
     assert ours.primary_metric == parent.primary_metric == "sts_spearman_cosine"
     counts = token_counts([*pairs[0], *pairs[1]], model.tokenizer)
-    assert ours.results[None]["mean_tokens"] == pytest.approx(np.mean(counts))
-    assert ours.results[None]["truncated"] == 0
-    assert ours.results[None]["n"] == 12
+    assert ours.results["natural"][None]["mean_tokens"] == pytest.approx(np.mean(counts))
+    assert ours.results["natural"][None]["truncated"] == 0
+    assert ours.results["natural"][None]["n"] == 12
 
 
 def test_lengths_are_reached_and_truncation_is_told(model: SentenceTransformer, pairs: tuple) -> None:
     evaluator = LengthSimilarityEvaluator(*pairs, lengths=(None, 32, 128), primary_length=32, main_metric="pearson")
     metrics = evaluator(model)
     assert list(metrics) == [
-        f"{length}{metric}_cosine" for length in ("", "32_", "128_") for metric in ("pearson", "spearman")
+        f"{length}{metric}_cosine"
+        for length in ("", "repeat_32_", "repeat_128_")
+        for metric in ("pearson", "spearman")
     ]
-    assert evaluator.primary_metric == "32_pearson_cosine"
-    assert 25 < evaluator.results[32]["mean_tokens"] <= 32
-    assert evaluator.results[32]["truncated"] == 0
-    assert evaluator.results[128]["truncated"] == 1
-    assert evaluator.results[128]["mean_tokens"] == 64
-    for figures in evaluator.results.values():
+    assert evaluator.primary_metric == "repeat_32_pearson_cosine"
+    assert 25 < evaluator.results["repeat"][32]["mean_tokens"] <= 32
+    assert evaluator.results["repeat"][32]["truncated"] == 0
+    assert evaluator.results["repeat"][128]["truncated"] == 1
+    assert evaluator.results["repeat"][128]["mean_tokens"] == 64
+    for figures in (*evaluator.results["natural"].values(), *evaluator.results["repeat"].values()):
         assert figures["seconds"] > 0
         tokens = figures["mean_tokens"] * 24
         assert figures["tokens_per_second"] * figures["seconds"] == pytest.approx(tokens)
@@ -169,28 +177,28 @@ def test_lengths_are_reached_and_truncation_is_told(model: SentenceTransformer, 
         model.encode(repeat_to_length(side, model.tokenizer, 32), convert_to_tensor=True) for side in pairs[:2]
     )
     expected = correlation(pairwise_cos_sim(left, right).numpy(), pairs[2])
-    assert metrics["32_pearson_cosine"] == pytest.approx(expected.pearson, abs=1e-5)
+    assert metrics["repeat_32_pearson_cosine"] == pytest.approx(expected.pearson, abs=1e-5)
 
 
 def test_names_prefix_metrics_and_files(model: SentenceTransformer, pairs: tuple, tmp_path: Path) -> None:
     evaluator = LengthSimilarityEvaluator(*pairs, lengths=(32, None), name="sts")
-    assert evaluator.primary_metric == "sts_32_spearman_cosine"
+    assert evaluator.primary_metric == "sts_repeat_32_spearman_cosine"
     first = evaluator(model, output_path=str(tmp_path / "eval"), epoch=1, steps=10)
     assert evaluator.primary_metric in first
     evaluator(model, output_path=str(tmp_path / "eval"))
     with open(tmp_path / "eval" / "length_similarity_evaluation_sts_results.csv", newline="") as handle:
         rows = list(csv.DictReader(handle))
-    assert [(row["epoch"], row["steps"], row["length"]) for row in rows] == [
-        ("1", "10", "32"),
-        ("1", "10", "natural"),
-        ("-1", "-1", "32"),
-        ("-1", "-1", "natural"),
+    assert [(row["epoch"], row["steps"], row["protocol"], row["length"]) for row in rows] == [
+        ("1", "10", "natural", "natural"),
+        ("1", "10", "repeat", "32"),
+        ("-1", "-1", "natural", "natural"),
+        ("-1", "-1", "repeat", "32"),
     ]
-    assert float(rows[0]["cosine_pearson"]) == first["sts_32_pearson_cosine"]
-    assert float(rows[1]["cosine_spearman"]) == first["sts_spearman_cosine"]
+    assert float(rows[1]["cosine_pearson"]) == first["sts_repeat_32_pearson_cosine"]
+    assert float(rows[0]["cosine_spearman"]) == first["sts_spearman_cosine"]
     assert float(rows[0]["truncated"]) == 0
     assert model.model_card_data.eval_results_dict[evaluator].keys() == first.keys()
-    assert evaluator.get_config_dict() == {"lengths": [32, None], "protocol": "repeat", "seed": 0}
+    assert evaluator.get_config_dict() == {"lengths": [32, None], "protocols": ["repeat"], "seed": 0}
 
 
 def test_no_csv_where_none_is_wanted(model: SentenceTransformer, pairs: tuple, tmp_path: Path) -> None:
@@ -217,8 +225,8 @@ def test_a_default_prompt_counts_as_part_of_the_length(model: SentenceTransforme
     model.default_prompt_name = "query"
     evaluator = LengthSimilarityEvaluator(*pairs, lengths=(64,))
     evaluator(model)
-    assert evaluator.results[64]["truncated"] == 0
-    assert evaluator.results[64]["mean_tokens"] > 56
+    assert evaluator.results["repeat"][64]["truncated"] == 0
+    assert evaluator.results["repeat"][64]["mean_tokens"] > 56
 
 
 def test_static_embeddings_can_be_evaluated(folder: Path, pairs: tuple) -> None:
@@ -226,8 +234,8 @@ def test_static_embeddings_can_be_evaluated(folder: Path, pairs: tuple) -> None:
     static = StaticEmbedding(Tokenizer.from_file(str(folder / "tokenizer.json")), embedding_dim=8)
     evaluator = LengthSimilarityEvaluator(*pairs, lengths=(None, 128))
     evaluator(SentenceTransformer(modules=[static], device="cpu"))
-    assert evaluator.results[128]["truncated"] == 0
-    assert 120 < evaluator.results[128]["mean_tokens"] <= 128
+    assert evaluator.results["repeat"][128]["truncated"] == 0
+    assert 120 < evaluator.results["repeat"][128]["mean_tokens"] <= 128
 
 
 def test_texts_are_made_once_per_tokenizer(
@@ -248,8 +256,8 @@ def test_progress_bars_and_logging(
         LengthSimilarityEvaluator(*pairs, lengths=(None, 32), name="sts")(model)
     assert "Lengths" not in capsys.readouterr().err
     assert [record.getMessage().partition(":")[0] for record in caplog.records] == [
-        "sts at natural length",
-        "sts at 32 tokens",
+        "sts, natural length",
+        "sts, repeat at 32 tokens",
     ]
     LengthSimilarityEvaluator(*pairs, lengths=(None, 32), show_progress_bar=True)(model)
     assert "Lengths: 100%" in capsys.readouterr().err
@@ -264,6 +272,16 @@ def test_progress_bars_and_logging(
         ({"lengths": (0,)}, r"lengths=\(0,\): 0 is neither None \(natural\) nor a positive integer"),
         ({"lengths": (None, 2.5)}, "2.5 is neither None"),
         ({"lengths": (64,), "primary_length": 32}, r"primary_length=32 is none of lengths=\(64,\)"),
+        (
+            {"protocols": ("repeat",), "primary_protocol": "document"},
+            "primary_protocol='document' is none of protocols=",
+        ),
+        ({"protocols": ()}, r"protocols=\(\) must hold at least one name, and each only once"),
+        ({"protocols": ("repeat", "repeat")}, "must hold at least one name, and each only once"),
+        ({"protocols": "repeat"}, r"protocols='repeat' must be a sequence of names: \('repeat',\)"),
+        ({"protocols": ("x",)}, "unknown protocol 'x'; choose one of: repeat, "),
+        ({"scores": [0.5] * 12}, "scores are all 0.5; a correlation with a constant is not defined"),
+        ({"scores": [0.5, math.nan] * 6}, r"scores\[1\] is nan; every value must be finite"),
         ({"main_metric": "kendall"}, "main_metric='kendall' is none of pearson, spearman"),
         ({"batch_size": 0}, "batch_size=0 must be a positive integer"),
     ],
@@ -302,10 +320,95 @@ def test_the_trainer_selects_by_it(model: SentenceTransformer, pairs: tuple, tmp
         evaluator=LengthSimilarityEvaluator(*pairs, lengths=(None, 32), main_metric="pearson", name="sts"),
     )
     trainer.train()
-    logged = [entry for entry in trainer.state.log_history if "eval_sts_32_spearman_cosine" in entry]
+    logged = [entry for entry in trainer.state.log_history if "eval_sts_repeat_32_spearman_cosine" in entry]
     assert [entry["step"] for entry in logged] == [1, 2]
     assert trainer.state.best_metric == max(entry["eval_sts_pearson_cosine"] for entry in logged)
     assert len((tmp_path / "eval" / "length_similarity_evaluation_sts_results.csv").read_text().splitlines()) == 5
+
+
+def test_the_trainer_keeps_the_best_checkpoint_by_pearson_at_a_length(
+    model: SentenceTransformer, pairs: tuple, tmp_path: Path
+) -> None:
+    evaluator = LengthSimilarityEvaluator(
+        *pairs, lengths=(None, 32, 48), protocols=("repeat", "filler-same-end"), main_metric="pearson", name="sts"
+    )
+    columns = dict(zip(("sentence1", "sentence2", "score"), pairs))
+    # Learning the opposite of the labels, the first checkpoint is the best.
+    wrong = {**columns, "score": [1 - score for score in columns["score"]]}
+    trainer = SentenceTransformerTrainer(
+        model=model,
+        args=SentenceTransformerTrainingArguments(
+            output_dir=str(tmp_path),
+            max_steps=6,
+            per_device_train_batch_size=12,
+            learning_rate=3e-2,
+            eval_strategy="steps",
+            eval_steps=2,
+            save_strategy="steps",
+            save_steps=2,
+            load_best_model_at_end=True,
+            metric_for_best_model="eval_sts_filler-same-end_48_pearson_cosine",
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+        ),
+        train_dataset=datasets.Dataset.from_dict(wrong),
+        loss=CosineSimilarityLoss(model),
+        evaluator=evaluator,
+    )
+    trainer.train()
+    key = "eval_sts_filler-same-end_48_pearson_cosine"
+    logged = {entry["step"]: entry[key] for entry in trainer.state.log_history if key in entry}
+    best = max(logged, key=logged.__getitem__)
+    assert len(logged) == 3
+    assert logged[best] > logged[6]
+    assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best}")
+    assert evaluator(trainer.model)[key.removeprefix("eval_")] == pytest.approx(logged[best], abs=1e-5)
+
+
+def test_a_grid_holds_each_protocol_at_each_length(model: SentenceTransformer, pairs: tuple) -> None:
+    protocols = ("repeat", "filler-same-end")
+    grid = LengthSimilarityEvaluator(*pairs, lengths=(32, None, 48), protocols=protocols, primary_length=48)
+    metrics = grid(model)
+    assert {name: list(by_length) for name, by_length in grid.results.items()} == {
+        "natural": [None],
+        **{protocol: [32, 48] for protocol in protocols},
+    }
+    assert grid.primary_metric == "repeat_48_spearman_cosine"
+    assert len(metrics) == 10
+    for protocol in protocols:
+        alone = LengthSimilarityEvaluator(*pairs, lengths=(48,), protocols=(protocol,))(model)
+        assert alone == pytest.approx({key: metrics[key] for key in alone}, abs=1e-6)
+
+
+def test_undefined_predictions_are_told_of_and_give_no_number(
+    model: SentenceTransformer, pairs: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluator = LengthSimilarityEvaluator(*pairs, name="sts")
+    for value, reason in ((1.0, "all 12 predictions are 1"), (math.nan, "12 of 12 predictions are not finite")):
+        monkeypatch.setattr(
+            model, "encode", lambda texts, value=value, **_: np.full((len(texts), 4), value, "float32")
+        )
+        metrics = evaluator(model, output_path=str(tmp_path))
+        assert all(math.isnan(metric) for metric in metrics.values())
+        figures = evaluator.results["natural"][None]
+        assert figures["undefined"] == reason
+        assert {figures[field] for field in ("pearson", "pearson_low", "spearman", "spearman_high")} == {None}
+        assert figures["n"] == 12
+    assert figures["mean_pairwise_cosine"] is None
+    rows = (tmp_path / "length_similarity_evaluation_sts_results.csv").read_text().splitlines()[1:]
+    assert all(row.split(",")[4:6] == ["", ""] for row in rows)
+
+
+def test_a_sentence_that_is_cut_off_leaves_a_constant(minilm: str) -> None:
+    model = convert(minilm, feature_map="softmax", max_seq_length=64)
+    some = load_pairs("sample", "dev").select(range(8))
+    columns = (some["sentence1"], some["sentence2"], some["score"])
+    evaluator = LengthSimilarityEvaluator(*columns, lengths=(128,), protocols=("filler-same-end",), write_csv=False)
+    evaluator(model)
+    assert evaluator.results["filler-same-end"][128]["undefined"] == "all 8 predictions are 1"
+    evaluator(convert(minilm, feature_map="softmax", max_seq_length=128))
+    assert evaluator.results["filler-same-end"][128]["undefined"] is None
 
 
 def test_a_mean_over_seeds_has_students_interval() -> None:
@@ -321,15 +424,15 @@ def test_the_protocol_says_which_texts_and_labels(minilm: str) -> None:
     model = convert(minilm, feature_map="softmax")
     pairs = load_pairs("sample", "dev").select(range(12))
     columns = (pairs["sentence1"], pairs["sentence2"], pairs["score"])
-    evaluator = LengthSimilarityEvaluator(*columns, lengths=(None, 96), protocol="document", seed=3, write_csv=False)
+    evaluator = LengthSimilarityEvaluator(
+        *columns, lengths=(None, 96), protocols=("document",), seed=3, write_csv=False
+    )
     evaluator(model)
     made = lengthen(pairs, model.tokenizer, 96, "document", seed=3)
     embeddings = [model.encode(made[column]) for column in ("sentence1", "sentence2")]
     expected = correlation(pairwise_cos_sim(*embeddings).numpy(), made["score"])
-    assert evaluator.results[96]["pearson"] == pytest.approx(expected.pearson, abs=1e-5)
+    assert evaluator.results["document"][96]["pearson"] == pytest.approx(expected.pearson, abs=1e-5)
     similarity = cos_sim(np.concatenate(embeddings), np.concatenate(embeddings)).numpy()
     others = similarity[~np.eye(24, dtype=bool)]
-    assert evaluator.results[96]["mean_pairwise_cosine"] == pytest.approx(others.mean(), abs=1e-5)
-    assert evaluator.get_config_dict() == {"lengths": [None, 96], "protocol": "document", "seed": 3}
-    with pytest.raises(ValueError, match="unknown protocol 'x'; choose one of: repeat, "):
-        LengthSimilarityEvaluator(*columns, protocol="x")
+    assert evaluator.results["document"][96]["mean_pairwise_cosine"] == pytest.approx(others.mean(), abs=1e-5)
+    assert evaluator.get_config_dict() == {"lengths": [None, 96], "protocols": ["document"], "seed": 3}
