@@ -12,8 +12,11 @@ from typing import Any
 from huggingface_hub import model_info
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
+from sentence_transformers.base.modules import Transformer
+from sentence_transformers.base.modules.transformer import set_temporary_class_attrs
 from sentence_transformers.util import load_file_path
 from torch import Tensor
+from transformers import PreTrainedModel
 
 
 def hub_kwargs_of(kwargs: dict[str, Any] | None) -> dict[str, Any]:
@@ -76,6 +79,36 @@ def some_of(names: Collection[str]) -> str:
     """The first of some names, and how many more there are."""
     names = sorted(names)
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def refuse_missing_weights(where: str, missing: Collection[str]) -> None:
+    """Raise a ValueError if a checkpoint lacks weights of the encoder, which transformers would draw at random."""
+    missing = [key for key in missing if "pooler" not in key]
+    if missing:
+        raise ValueError(f"{where} lacks weights of the encoder: {some_of(missing)}")
+
+
+@contextmanager
+def whole_weights() -> Iterator[None]:
+    """Within it, encoders that Sentence Transformers loads are whole, or refused as by
+    :func:`refuse_missing_weights`."""
+    load = Transformer._load_model
+
+    def checked(
+        self: Transformer, path: str, task: Any, config: Any, backend: str, peft: bool, **kwargs: Any
+    ) -> PreTrainedModel:
+        # Adapters of peft and exported models have loaders of their own; LinearTransformer looks itself.
+        if backend != "torch" or peft or "output_loading_info" in kwargs:
+            return load(self, path, task, config, backend, peft, **kwargs)
+        loaded: Any = load(self, path, task, config, backend, peft, output_loading_info=True, **kwargs)
+        if not isinstance(loaded, tuple):
+            return loaded
+        model, info = loaded
+        refuse_missing_weights(path, info["missing_keys"])
+        return model
+
+    with set_temporary_class_attrs(Transformer, _load_model=checked):
+        yield
 
 
 @contextmanager

@@ -442,6 +442,8 @@ def evaluate(
     counts = _numbers("--pairs-at-length", pairs_at_length, distinct=False)
     grid = Grid(_lengths(lengths), names, counts, seed)
     _say(f"Data: {source_name(data)} · {split}, {len(pairs)} pairs")
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
     # All of them, so that a wrong name is found out before the first is evaluated.
     loaded: dict[str, Any] = {model: load(model) for model in models}
     first = loaded[models[0]]

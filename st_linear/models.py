@@ -13,7 +13,13 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.util import load_file_path
 
-from st_linear.checkpoints import hub_kwargs_of, hub_out_of_reach, one_line_if_missing, read_json_file
+from st_linear.checkpoints import (
+    hub_kwargs_of,
+    hub_out_of_reach,
+    one_line_if_missing,
+    read_json_file,
+    whole_weights,
+)
 from st_linear.pair_head import DSEHead
 from st_linear.transformer import WEIGHTS_NAME, LinearTransformer
 
@@ -71,7 +77,8 @@ def load(model_name_or_path: str, **kwargs: Any) -> SentenceTransformer:
 
     Raises:
         FileNotFoundError: If there is no such folder, and no such model on the hub.
-        ValueError: If the model needs a class of its own, or its files are damaged.
+        ValueError: If the model needs a class of its own, is a CrossEncoder, lacks weights of its encoder (which
+            transformers would draw at random), or its files are damaged.
     """
     if kwargs.pop("trust_remote_code", False):
         raise ValueError(
@@ -80,7 +87,7 @@ def load(model_name_or_path: str, **kwargs: Any) -> SentenceTransformer:
     path = str(model_name_or_path)
     if not os.path.isdir(path) and not kwargs.get("local_files_only"):
         kwargs["local_files_only"] = hub_out_of_reach(path, revision=kwargs.get("revision"), token=kwargs.get("token"))
-    with one_line_if_missing(path):
+    with one_line_if_missing(path), whole_weights():
         _check_saved_model(path, **hub_kwargs_of(kwargs))
         try:
             return SentenceTransformer._load_with_module_classes(
@@ -145,6 +152,11 @@ def _check_saved_model(path: str, **hub_kwargs: Any) -> None:
                 f"{path} needs the class {name}, which st_linear.load does not run; if you trust its code, use "
                 "SentenceTransformer(…, trust_remote_code=True)"
             )
+    if modules is None:
+        # A CrossEncoder that another library saved says so by the head that it was trained with alone.
+        architectures = (read_json_file(path, "config.json", **hub_kwargs) or {}).get("architectures") or ()
+        if any(str(name).endswith("ForSequenceClassification") for name in architectures):
+            model_type = "CrossEncoder"
     if model_type != "SentenceTransformer":
         raise ValueError(f"{path} is a {model_type}, not a SentenceTransformer: it has no sentence embeddings")
     if modules is None and load_file_path(path, WEIGHTS_NAME, **hub_kwargs) is not None:

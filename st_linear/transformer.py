@@ -28,7 +28,7 @@ from st_linear.checkpoints import (
     read_json_file,
     read_tensors,
     refuse_mismatch,
-    some_of,
+    refuse_missing_weights,
 )
 from st_linear.conversion import (
     ATTENTION_IMPLEMENTATION,
@@ -152,9 +152,7 @@ class LinearTransformer(Transformer):
         self._loading_info: dict[str, Any] = {}
         with one_line_if_missing(model_name_or_path):
             super().__init__(model_name_or_path, **kwargs)
-        missing = [key for key in self._loading_info.get("missing_keys", ()) if "pooler" not in key]
-        if missing:
-            raise ValueError(f"{model_name_or_path} lacks weights of the encoder: {some_of(missing)}")
+        refuse_missing_weights(model_name_or_path, self._loading_info.get("missing_keys", ()))
         self._base = (str(model_name_or_path), hub_kwargs_of(kwargs.get("model_kwargs")))
         # A revision is the base model's.
         hub_kwargs = {name: value for name, value in self._base[1].items() if name != "revision"}

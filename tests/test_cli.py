@@ -411,6 +411,10 @@ class TestErrors:
                 "evaluate bert --data pairs --protocols x",
                 "unknown protocol 'x'; choose one of: repeat, ",
             ),
+            ("evaluate bert --data pairs --lengths 24,40 --pairs-at-length 5,5,5", "has 3 entries for 2 lengths"),
+            ("evaluate bert --data pairs --pairs-at-length few", "--pairs-at-length must be whole numbers"),
+            ("evaluate pairs --data pairs", "'pairs' holds no model: neither modules.json nor config.json"),
+            ("evaluate bert --data pairs --output bert/config.json", "bert/config.json"),
             ("evaluate bert --data pairs --plot x.pdf", "path='x.pdf' must end in .svg or .png"),
             (f"{DISTILL} --transfer x", "unknown transfer 'x'; choose one of: none, maps, all"),
             (f"{DISTILL} --head x", "unknown head 'x'; choose one of: cosine, dse"),
@@ -477,6 +481,21 @@ class TestErrors:
         assert (code, out) == (2, "")
         assert message in one_line_error(err)
         assert files(place) == before
+
+    @pytest.mark.parametrize(
+        ("rows", "message"),
+        [
+            ("A cat,A dog,1\nA bird,A hen,2\nA cow,An ox,3\n", "scores has 3 values; a correlation"),
+            ("A cat,A dog,2\n" * 5, "scores are all 0.4; a correlation with a constant is not defined"),
+        ],
+    )
+    def test_scores_that_nothing_correlates_with(
+        self, run: Callable[..., tuple[int, str, str]], place: Path, rows: str, message: str
+    ) -> None:
+        (place / "pairs" / "test.csv").write_text(f"sentence1,sentence2,score\n{rows}")
+        code, out, err = run("evaluate bert --data pairs")
+        assert (code, out) == (2, "")
+        assert message in one_line_error(err)
 
     def test_a_score_of_zero_is_one(self, run: Callable[..., tuple[int, str, str]], place: Path) -> None:
         rows = [line.split(",") for line in (place / "pairs" / "test.csv").read_text().splitlines()[1:]]

@@ -553,6 +553,30 @@ class TestDamagedFolders:
         with refused("model.safetensors is damaged"):
             LinearTransformer(str(damaged), **SETTINGS)
 
+    def test_load_refuses_any_encoder_that_lacks_weights(self, bert: str, tmp_path: Path) -> None:
+        plain, saved = tmp_path / "plain", tmp_path / "saved"
+        shutil.copytree(bert, plain)
+        SentenceTransformer(bert).save_pretrained(str(saved))
+        for folder in (plain, saved):
+            st_linear.load(str(folder))
+            edit(folder, "model.safetensors", lambda tensors: tensors.pop(WEIGHT))
+            for attempt in (st_linear.load, st_linear.convert):
+                with refused(f"{folder} lacks weights of the encoder: {WEIGHT}"):
+                    attempt(str(folder))
+        # Outside of it, Sentence Transformers loads as it always has.
+        assert isinstance(SentenceTransformer(str(plain)), SentenceTransformer)
+
+    @pytest.mark.parametrize("saved_by", ["sentence_transformers", "transformers"])
+    def test_load_refuses_a_cross_encoder(self, saved_by: str, bert: str, tmp_path: Path) -> None:
+        model = CrossEncoder(bert, num_labels=1)
+        if saved_by == "sentence_transformers":
+            model.save_pretrained(str(tmp_path))
+        else:
+            model.model.save_pretrained(tmp_path)
+            model.tokenizer.save_pretrained(tmp_path)
+        with refused("is a CrossEncoder, not a SentenceTransformer: it has no sentence embeddings"):
+            st_linear.load(str(tmp_path))
+
 
 class TestForeignCode:
     """Code that lies in a folder writes a file when it runs; ``load`` must leave no such file."""
