@@ -3,6 +3,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -181,3 +182,11 @@ def test_bad_input(pairs: Dataset, tokenizer: Any) -> None:
         lengthen(pairs, tokenizer, 16, "document")
     with refused("the pairs have no column 'score'; their columns: sentence1, sentence2"):
         lengthen(pairs.remove_columns("score"), tokenizer, 128, "repeat")
+
+
+def test_examples_in_the_docs_are_what_the_protocols_make(tokenizer: Any) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    pairs = load_pairs("sample", "test").select(range(8))
+    for protocol in ("repeat", *FILLERS, "document"):
+        texts = lengthen(pairs, tokenizer, 64 if protocol == "document" else 32, protocol)
+        assert f"| `{protocol}` | {texts['sentence1'][0]} | {texts['sentence2'][0]} |" in page
