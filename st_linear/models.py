@@ -12,8 +12,9 @@ from typing import Any
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.util import load_file_path
+from transformers import PreTrainedModel
 
-from st_linear.checkpoints import hub_kwargs_of, hub_out_of_reach, one_line_if_missing, read_json_file
+from st_linear.checkpoints import hub_kwargs_of, hub_out_of_reach, one_line_if_missing, read_json_file, some_of
 from st_linear.pair_head import DSEHead
 from st_linear.transformer import WEIGHTS_NAME, LinearTransformer
 
@@ -71,7 +72,8 @@ def load(model_name_or_path: str, **kwargs: Any) -> SentenceTransformer:
 
     Raises:
         FileNotFoundError: If there is no such folder, and no such model on the hub.
-        ValueError: If the model needs a class of its own, or its files are damaged.
+        ValueError: If the model needs a class of its own, is no sentence encoder, lacks weights, or its files are
+            damaged.
     """
     if kwargs.pop("trust_remote_code", False):
         raise ValueError(
@@ -83,11 +85,13 @@ def load(model_name_or_path: str, **kwargs: Any) -> SentenceTransformer:
     with one_line_if_missing(path):
         _check_saved_model(path, **hub_kwargs_of(kwargs))
         try:
-            return SentenceTransformer._load_with_module_classes(
+            model = SentenceTransformer._load_with_module_classes(
                 path, _module_classes(), trust_remote_code=False, **kwargs
             )
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path}: a JSON file of the model is damaged ({error})") from error
+        _refuse_missing_weights(model, path, **hub_kwargs_of(kwargs))
+        return model
 
 
 def save_model(model: SentenceTransformer, folder: Path) -> None:
@@ -149,3 +153,31 @@ def _check_saved_model(path: str, **hub_kwargs: Any) -> None:
         raise ValueError(f"{path} is a {model_type}, not a SentenceTransformer: it has no sentence embeddings")
     if modules is None and load_file_path(path, WEIGHTS_NAME, **hub_kwargs) is not None:
         raise ValueError(f"{path} holds {WEIGHTS_NAME} but no modules.json: parts of the saved model are missing")
+    architectures = (
+        (read_json_file(path, "config.json", **hub_kwargs) or {}).get("architectures") if not modules else ()
+    )
+    for architecture in architectures or ():
+        if architecture.endswith("ForSequenceClassification"):
+            raise ValueError(f"{path} is a {architecture}, such as a CrossEncoder: it has no sentence embeddings")
+
+
+def _refuse_missing_weights(model: SentenceTransformer, path: str, **hub_kwargs: Any) -> None:
+    """Raise a ValueError if transformers has filled in weights by chance, which it only logs."""
+    encoder = getattr(model[0], "auto_model", None)
+    # LinearTransformer looks by itself.
+    if isinstance(model[0], LinearTransformer) or not isinstance(encoder, PreTrainedModel):
+        return
+    modules = read_json_file(path, "modules.json", **hub_kwargs) or [{"path": ""}]
+    hub_kwargs["cache_dir"] = hub_kwargs.pop("cache_folder", None)
+    # On the meta device nothing is read but names.
+    loaded: Any = type(encoder).from_pretrained(
+        path,
+        config=copy.deepcopy(encoder.config),
+        subfolder=modules[0]["path"],
+        device_map="meta",
+        output_loading_info=True,
+        **hub_kwargs,
+    )
+    missing = [key for key in loaded[1]["missing_keys"] if "pooler" not in key]
+    if missing:
+        raise ValueError(f"{path} lacks weights of the encoder: {some_of(missing)}")
