@@ -619,7 +619,7 @@ def mteb(
             table.add_column(column, justify="right" if column == "score" else "left")
         for name, result in results.items():
             table.add_row(name, f"{100 * result.get_score():.2f}", result.dataset_revision)
-        _show(table, {name: result.to_dict() for name, result in results.items()}, as_json)
+        _show(table, {name: result.model_dump(mode="json") for name, result in results.items()}, as_json)
 
 
 def main(arguments: list[str] | None = None) -> None:
