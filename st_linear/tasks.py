@@ -154,11 +154,11 @@ def register_model(model: str, revision: str | None = None) -> ModelMeta:
         ValueError: Likewise, or if the model lacks weights, or a revision is asked of a folder.
     """
     folder = Path(model)
-    name, found = model, revision
+    name, digits = model, None
     if folder.is_dir():
         if revision is not None:
             raise ValueError(f"--model-revision {revision} says nothing of a folder")
-        name, found = f"local/{folder.absolute().name}", _folder_digest(folder)
+        name, digits = f"local/{folder.absolute().name}", _folder_digest(folder)
     else:
         try:
             return mteb.get_model_meta(model, revision)
@@ -176,7 +176,7 @@ def register_model(model: str, revision: str | None = None) -> ModelMeta:
     meta = ModelMeta.from_sentence_transformer_model(loaded).model_copy(
         update={
             "name": name,
-            "revision": found or _commit(model),
+            "revision": digits or _commit(model, revision),
             "loader": st_linear_load,
             "n_parameters": sum(parameter.numel() for parameter in loaded.parameters()),
         }
@@ -210,7 +210,11 @@ def run_mteb(arguments: Sequence[str], stsb: str | Path | None = None) -> dict[s
         _check_benchmark(name)
     if stsb is not None and not (set(benchmarks) == {BENCHMARK} if benchmarks else any(map(_is_stsb, tasks))):
         raise ValueError(f"--stsb {stsb} says nothing without a task of STS-B (-t {STSB}, say) or -b {BENCHMARK}")
-    meta = register_model(args.model, args.model_revision) if getattr(args, "model", None) else None
+    meta = None
+    if getattr(args, "model", None):
+        meta = register_model(args.model, args.model_revision)
+        # A branch's name has become a commit.
+        args.model_revision = meta.revision
     if not hasattr(args, "func"):
         raise ValueError("mteb needs a command: run, available-tasks, available-benchmarks …")
     if meta is None or not hasattr(args, "output_folder"):
@@ -371,10 +375,10 @@ def _folder_digest(folder: Path) -> str:
     return digest({str(p.relative_to(folder)): hashlib.blake2b(p.read_bytes()).hexdigest() for p in files})
 
 
-def _commit(model: str) -> str | None:
+def _commit(model: str, revision: str | None) -> str | None:
     """The commit of a model in the hub's cache, which has a folder for each."""
     for name in ("modules.json", "config.json"):
-        file = load_file_path(model, name, local_files_only=True)
+        file = load_file_path(model, name, revision=revision, local_files_only=True)
         if file is not None:
             return Path(file).parent.name
     return None
