@@ -607,6 +607,47 @@ def bench(
         _say(f"{settings.name}.json, {settings.name}.md and {settings.name}.svg are in {output}")
 
 
+@app.command(add_help_option=False, context_settings={"ignore_unknown_options": True})
+def mteb(
+    context: typer.Context,
+    arguments: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(help="As mteb takes them; 'run --help' lists the options of its 'run'.", show_default=False),
+    ] = None,
+    stsb: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Folder with a local copy of STS-B, which stands in for the hub's."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Run mteb's own command line, with STS-B at length among its tasks, on models that st_linear.load loads.
+
+    Tasks are named by protocol and length, STSBenchmarkRepeat512, say, or STSBenchmarkFillerSameEnd8192; together they
+    are the benchmark STSB-long.
+
+    Example: `st-linear mteb run -m my-model -t STSBenchmark STSBenchmarkDocument2048 --stsb path/to/stsb`
+    """
+    if arguments is None or arguments[0] in ("-h", "--help"):
+        print(context.get_help())
+        return
+    from rich.logging import RichHandler
+
+    from st_linear.tasks import run_mteb
+
+    # As mteb's own entry point does, so that its --verbosity works.
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console)])
+    if as_json and arguments[0] != "run":
+        raise ValueError(f"--json says nothing of {arguments[0]}: it is for run")
+    results = run_mteb(arguments, stsb)
+    if arguments[0] == "run":
+        table = Table(title="MTEB", caption="main scores × 100; mteb's files have the rest")
+        for column in ("task", "score", "data"):
+            table.add_column(column, justify="right" if column == "score" else "left")
+        for name, result in results.items():
+            table.add_row(name, f"{100 * result.get_score():.2f}", result.dataset_revision)
+        _show(table, {name: result.model_dump(mode="json") for name, result in results.items()}, as_json)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: one-line errors; exit code 0, 1 (failed) or 2 (bad input)."""
     arguments = sys.argv[1:] if arguments is None else arguments

@@ -57,6 +57,12 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+def mteb_help() -> str:
+    """What mteb's own ``run`` says of its options."""
+    parser = pytest.importorskip("mteb.cli.build_cli").build_cli()
+    return next(action for action in parser._actions if action.choices).choices["run"].format_help()
+
+
 def name_of(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
 
@@ -174,4 +180,6 @@ def test_commands_and_options_exist(page: Path) -> None:
     for name, rest in re.findall(r"(?<![\w/\[\"])st-linear ([a-z]\w*)([^\n`]*)", text):
         assert name in commands, f"{name_of(page)} names the command {name!r}"
         known = {option for parameter in commands[name].params for option in parameter.opts} | {"--help", "--debug"}
+        if name == "mteb":
+            known |= set(re.findall(r"--[a-z-]+", mteb_help()))
         assert set(re.findall(r"(?<!\S)--[a-z][a-z-]*", rest)) <= known, f"{name_of(page)}: st-linear {name}{rest}"

@@ -80,3 +80,15 @@ def test_rows_of_fidelity_are_made_from_the_record(page: str) -> None:
         cells += [f"{figures[key]:.4f}" for key in ("cosine", "cosine_p5", "token_cosine")]
         cells += [f"{figures['neighbours_10']:.1%}" if "neighbours_10" in figures else "–"]
         assert f"| of {' | '.join(cells)} |" in text
+
+
+@pytest.mark.parametrize("model", ["softmax", "near-far"])
+def test_figures_of_mteb_are_those_of_its_files(model: str) -> None:
+    (folder,) = (RESULTS / "mteb" / "results" / f"local__{model}").iterdir()
+    cells = [model]
+    for task in ("STSBenchmark", "STSBenchmarkDocument128"):
+        result = json.loads((folder / f"{task}.json").read_text(encoding="utf-8"))
+        assert result["dataset_revision"].startswith("local-")
+        (scores,) = result["scores"]["test"]
+        cells.append(", ".join(f"{100 * scores[f'cosine_{metric}']:.2f}" for metric in ("spearman", "pearson")))
+    assert f"| {' | '.join(cells)} |" in (ROOT / "docs" / "mteb.md").read_text(encoding="utf-8")
