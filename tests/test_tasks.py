@@ -170,7 +170,9 @@ class TestTasks:
         )
         evaluator(model)
         for metric in ("pearson", "spearman"):
-            assert scores[f"cosine_{metric}"] == pytest.approx(evaluator.results["filler-same-middle"][72][metric], abs=1e-5)
+            assert scores[f"cosine_{metric}"] == pytest.approx(
+                evaluator.results["filler-same-middle"][72][metric], abs=1e-5
+            )
 
     def test_a_missing_tokenizer_says_what_to_install(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def missing() -> str:
