@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import yaml
 from pydantic import (
@@ -17,7 +17,6 @@ from pydantic import (
     Field,
     PositiveFloat,
     PositiveInt,
-    TypeAdapter,
     ValidationError,
     model_validator,
 )
@@ -56,7 +55,9 @@ Protocol = Annotated[str, AfterValidator(_checked_protocol)]
 Length = Annotated[int, Field(ge=4)]
 Seed = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(gt=0, lt=1)]
-_LIST = (BeforeValidator(_listed), AfterValidator(_without_doubles))
+_Value = TypeVar("_Value")
+SomeOrNone = Annotated[tuple[_Value, ...], BeforeValidator(_listed), AfterValidator(_without_doubles)]
+Some = Annotated[SomeOrNone[_Value], Field(min_length=1)]
 
 
 class _Part(BaseModel):
@@ -112,11 +113,11 @@ class Grid(_Part):
         transfer: Whether attention transfer comes before distillation; the control knows none.
     """
 
-    attention: Annotated[tuple[Attention, ...], *_LIST, Field(min_length=1)]
-    length: Annotated[tuple[Length, ...], *_LIST, Field(min_length=1)]
-    protocol: Annotated[tuple[Protocol, ...], *_LIST, Field(min_length=1)] = ("repeat",)
-    seed: Annotated[tuple[Seed, ...], *_LIST, Field(min_length=1)] = (0,)
-    transfer: Annotated[tuple[bool, ...], *_LIST, Field(min_length=1)] = (False,)
+    attention: Some[Attention]
+    length: Some[Length]
+    protocol: Some[Protocol] = ("repeat",)
+    seed: Some[Seed] = (0,)
+    transfer: Some[bool] = (False,)
 
 
 class Budget(_Part):
@@ -176,8 +177,8 @@ class Evaluation(_Part):
         lengths: Tokens at which test is read in the end, beside the training length and the natural one.
     """
 
-    shares: Annotated[tuple[Share, ...], *_LIST] = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75)
-    lengths: Annotated[tuple[Length, ...], *_LIST] = ()
+    shares: SomeOrNone[Share] = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75)
+    lengths: SomeOrNone[Length] = ()
 
 
 @dataclass(frozen=True)
@@ -244,6 +245,8 @@ class Study(_Part):
     @model_validator(mode="after")
     def _settings_agree(self) -> Study:
         self.settings(seed=0)
+        if self.training.teacher_activation == "identity" and self.training.objective == "mse":
+            raise ValueError("a cosine can't match logits: teacher_activation identity needs objective cosent")
         return self
 
     def cells(self) -> list[Cell]:
@@ -346,6 +349,8 @@ def _raise(path: Path, error: ValidationError, lines: Mapping[Location, int]) ->
         problem = f"unknown key; the keys there: {', '.join(_keys(first['loc'][:-1]))}"
     elif first["type"] == "missing":
         problem = "is missing"
+    elif first["type"] == "model_type":
+        problem = f"must have keys ({', '.join(_keys(first['loc']))}), got {first['input']!r}"
     else:
         problem = first["msg"].removeprefix("Value error, ")
         if not isinstance(first["input"], (dict, BaseModel)) and repr(first["input"]) not in problem:
@@ -361,8 +366,3 @@ def _keys(location: Location) -> list[str]:
         if isinstance(step, str):
             part = Grid if step == "grid" else part.model_fields[step].annotation  # type: ignore[assignment]
     return list(part.model_fields)
-
-
-def study_from_json(value: Any) -> Study:
-    """A study as :meth:`Study.model_dump` wrote it."""
-    return TypeAdapter(Study).validate_python(value)
