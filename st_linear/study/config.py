@@ -245,6 +245,8 @@ class Study(_Part):
     @model_validator(mode="after")
     def _settings_agree(self) -> Study:
         self.settings(seed=0)
+        if self.budget.unit == "examples" and self.budget.amount < self.training.batch_size:
+            raise ValueError(f"budget.examples makes no step of training.batch_size={self.training.batch_size} pairs")
         if self.training.teacher_activation == "identity" and self.training.objective == "mse":
             raise ValueError("a cosine can't match logits: teacher_activation identity needs objective cosent")
         return self
