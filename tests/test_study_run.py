@@ -178,32 +178,44 @@ class TestKills:
 
     @pytest.mark.slow
     def test_killed_at_ten_random_moments(self, config: dict[str, Any], tmp_path: Path) -> None:
-        longer = {**config, "budget": {"examples": 320}}
+        longer = {**config, "budget": {"examples": 640}}
         whole, broken = tmp_path / "whole", tmp_path / "broken"
         whole.mkdir()
         broken.mkdir()
+        process = start(whole, longer)
+        assert process.stdout.readline() == b"ready\n"
         started = time.monotonic()
-        process = start(whole, longer, engine="processes")
-        process.communicate(timeout=600)
+        process.communicate(timeout=900)
         assert process.returncode == 0
         duration = time.monotonic() - started
         draw = random.Random(0)
-        kills = 0
-        while kills < 10:
-            process = start(broken, longer, engine="processes")
+        for _ in range(10):
+            process = start(broken, longer)
             assert process.stdout.readline() == b"ready\n"
-            try:
-                process.wait(draw.uniform(0, 0.7 * duration))
-                break
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.communicate()
-                kills += 1
-        process = start(broken, longer, engine="processes")
-        process.communicate(timeout=600)
+            # On average half of the work is done when the last kill comes.
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(draw.uniform(0, duration / 10))
+            process.kill()
+            process.communicate()
+        assert len(records(broken / "out")) < 5
+        process = start(broken, longer)
+        process.communicate(timeout=900)
         assert process.returncode == 0
-        assert kills == 10
         assert comparable(broken / "out") == comparable(whole / "out")
+
+    def test_a_cell_ends_with_the_study_that_started_it(
+        self, done: Path, config: dict[str, Any], tmp_path: Path
+    ) -> None:
+        process = start(tmp_path, config, engine="processes")
+        trainer = tmp_path / "out/cells/00016-repeat-softmax-seed-0/trainer"
+        while not list(trainer.glob("checkpoint-*/curve.json")):
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.kill()
+        process.communicate()
+        summary = run(Study.model_validate(config), tmp_path / "out", engine="inline")
+        assert len(summary.finished) == 5
+        assert comparable(tmp_path / "out") == comparable(done)
 
     def test_out_of_time(self, done: Path, config: dict[str, Any], tmp_path: Path) -> None:
         study = Study.model_validate(config)

@@ -25,6 +25,9 @@ from st_linear.losses import Objective, TeacherActivation
 from st_linear.protocols import check_protocol
 from st_linear.settings import Settings, Student
 
+STUDY = "study.json"
+"""The file of a study's folder that says what it was asked to do."""
+
 Location = tuple[Any, ...]
 
 

@@ -11,12 +11,10 @@ from typing import Any
 
 from st_linear.records import as_json, read_json, write_json
 from st_linear.study.cells import Job, OnStep, Outcome, one_line
-from st_linear.study.config import Cell, Study
+from st_linear.study.config import STUDY, Cell, Study
 from st_linear.study.engines import ENGINES
 from st_linear.study.inputs import LOCKS, prepare
 from st_linear.study.on_ray import check_ray, run_on_ray
-
-STUDY = "study.json"
 
 _RAY = "ray"
 _SECONDS_TO_WAIT = 1.0
