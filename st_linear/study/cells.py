@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import shutil
 import time
@@ -21,7 +22,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import TrainerCallback, set_seed
 
 from st_linear.adapters import NO_ADAPTER
-from st_linear.benchmarks.timing import is_out_of_memory
+from st_linear.benchmarks.timing import is_out_of_memory, return_free_heap
 from st_linear.data import token_counts, training_sentences
 from st_linear.models import convert, save_model
 from st_linear.protocols import lengthen
@@ -375,8 +376,7 @@ def _distil(
     # Several GPUs in one process would be DataParallel, which takes packed texts apart.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     set_seed(cell.seed)
-    reset_peak_memory()
-    before = peak_memory_mib()
+    before = _memory_before()
     distil_pairs(curve, _labelled(train), arguments, settings, callbacks=[watch], checkpoint=checkpoint)
     if watch.is_paused:
         raise Paused
@@ -394,6 +394,14 @@ def _distil(
     }
 
 
+def _memory_before() -> float:
+    """What is held now, from which the peak is counted."""
+    gc.collect()
+    return_free_heap()
+    reset_peak_memory()
+    return peak_memory_mib()
+
+
 def _labelled(train: Dataset) -> Dataset:
     """With ``[gold, teacher]`` as labels, where there is a teacher."""
     if TEACHER_COLUMN not in train.column_names:
@@ -409,8 +417,7 @@ def _evaluate(model: SentenceTransformer, cell: Cell, job: Job, settings: Settin
         test = job.inputs.pairs.test
         if length is not None:
             test = lengthen(test, model.tokenizer, length, cell.protocol, seed=study.data.seed)
-        reset_peak_memory()
-        before = peak_memory_mib()
+        before = _memory_before()
         try:
             figures = evaluate_model(model, test, settings, show_progress_bar=False)["natural"]
         except (MemoryError, RuntimeError) as error:

@@ -18,13 +18,13 @@ REPORT = "report"
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }
-body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 72rem; padding: 1rem; }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 80rem; padding: 1rem; }
 h1 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
 p, li { max-width: 46rem; overflow-wrap: anywhere; }
 .table { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
-th { background: var(--soft); } th:first-child, td:first-child { text-align: left; }
+th { background: var(--soft); } th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: Canvas; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); gap: 1rem; }
 figure { margin: 0; max-width: 32rem; } figure svg { width: 100%; height: auto; }
 figure svg text { font-family: inherit !important; } figcaption { font-size: .85rem; opacity: .8; }
@@ -125,10 +125,15 @@ def _introduction(records: Records, summary: dict[str, Any]) -> str:
         f"{teacher} of {inputs['pairs']['train']:,} pairs of texts, brought to one length in tokens. What is asked is "
         "how fast it learns and how well its cosine similarities agree with human scores in the end (Pearson "
         "correlation × 100: 100 is perfect, 0 is chance). `softmax` is the ordinary attention, whose cost grows with "
-        "the square of the length: the control that the others, whose cost grows linearly, are set against. `map@64` "
-        "attends exactly within blocks of 64 tokens and their neighbours, and linearly beyond them; `+ transfer` was "
-        "first trained to give the vectors of the encoder as it was."
+        "the square of the length: the control that the others, whose cost grows linearly, are set against."
     )
+    if any("@" in group.attention for group in records.finished):
+        text += (
+            " A number behind `@` is a window: attention is exact within blocks of so many tokens and their "
+            "neighbours, and linear beyond them."
+        )
+    if any(group.transfer for group in records.finished):
+        text += " `+ transfer` was first trained to give the vectors of the encoder as it was."
     if inputs["teacher"] is not None:
         figures = inputs["teacher"]["figures"]
         text += (
@@ -176,8 +181,17 @@ def _slope(law: dict[str, Any]) -> str:
 
 
 def _quality(summary: dict[str, Any]) -> str:
-    header = ["length", "student", "protocol", "seeds", "before", "Pearson", "Spearman", "pairs' interval"]
-    header += ["area", "− softmax", "p, adjusted", "effect"]
+    header = [
+        "student",
+        *_length_header(summary),
+        "seeds",
+        "Pearson",
+        "− softmax",
+        "p, adjusted",
+        "effect",
+        "Spearman",
+    ]
+    header += ["before", "area", "pairs' interval"]
     rows = []
     for g in summary["groups"]:
         read = g["read"][str(g["length"])]
@@ -185,18 +199,17 @@ def _quality(summary: dict[str, Any]) -> str:
         low, high = read["pearson_of_pairs"]
         rows.append(
             [
-                f"{g['length']:,}",
                 g["student"],
-                g["protocol"],
+                *_length_cells(summary, g),
                 str(len(g["seeds"])),
-                _hundred(g["start"]),
                 _hundred(read["pearson"]),
-                _hundred(read["spearman"]),
-                f"[{100 * low:.1f}, {100 * high:.1f}]",
-                _hundred(g["area"]),
                 "–" if against is None else _points(against),
                 "–" if against is None or against.get("p_adjusted") is None else f"{against['p_adjusted']:.3f}",
                 "–" if against is None or against["effect"] is None else f"{against['effect']:+.1f}",
+                _hundred(read["spearman"]),
+                _hundred(g["start"]),
+                _hundred(g["area"]),
+                f"[{100 * low:.1f}, {100 * high:.1f}]",
             ]
         )
     note = (
@@ -216,7 +229,7 @@ def _convergence(summary: dict[str, Any]) -> Iterator[str]:
         "gain": "Until a share of the student's own way, from its start to its end",
     }
     for basis, title in titles.items():
-        header = ["length", "student", "share", "steps", "pairs", "tokens", "seconds", "operations"]
+        header = ["student", *_length_header(summary), "share", "steps", "pairs", "tokens", "seconds", "operations"]
         rows = []
         for g in summary["groups"]:
             for target, amounts in g["convergence"][basis].items():
@@ -224,7 +237,7 @@ def _convergence(summary: dict[str, Any]) -> Iterator[str]:
                     cells = [
                         _amount(amounts[unit]) for unit in ("steps", "examples", "tokens", "seconds", "operations")
                     ]
-                    rows.append([f"{g['length']:,}", g["student"], f"{target} %", *cells])
+                    rows.append([g["student"], *_length_cells(summary, g), f"{target} %", *cells])
         if rows:
             yield f"### {title}\n\n{_table(header, rows)}"
     yield (
@@ -235,26 +248,26 @@ def _convergence(summary: dict[str, Any]) -> Iterator[str]:
 
 def _reading(summary: dict[str, Any]) -> str:
     places = sorted({p for g in summary["groups"] for p in g["read"] if p != "natural"}, key=int)
-    header = ["trained at", "student", "natural", *(f"{int(place):,}" for place in places)]
+    header = ["student", *_length_header(summary, "trained at"), "natural", *(f"{int(place):,}" for place in places)]
     rows = []
     for g in summary["groups"]:
         read = [g["read"].get(place) for place in ("natural", *places)]
         cells = ["–" if figures is None else _hundred(figures["pearson"]) for figures in read]
-        rows.append([f"{g['length']:,}", g["student"], *cells])
+        rows.append([g["student"], *_length_cells(summary, g), *cells])
     return f"{_table(header, rows)}\n\nPearson × 100 on test by the tokens of the texts that are read."
 
 
 def _costs(summary: dict[str, Any]) -> str:
-    header = ["length", "student", "training, tokens/s", "training, MiB", "training, s", "encoding, tokens/s"]
-    header += ["encoding, MiB", "pairs", "tokens", "operations", "of which transfer"]
+    header = ["student", *_length_header(summary), "training, tokens/s", "training, MiB", "training, s"]
+    header += ["encoding, tokens/s", "encoding, MiB", "pairs", "tokens", "operations", "of which transfer"]
     rows = []
     for g in summary["groups"]:
         read, training, budget = g["read"][str(g["length"])], g["training"], g["budget"]
         transfer = g["transfer_cost"]
         rows.append(
             [
-                f"{g['length']:,}",
                 g["student"],
+                *_length_cells(summary, g),
                 *(_amount(training[key]) for key in ("tokens_per_second", "memory_mib", "seconds")),
                 *(_amount(read[key]) for key in ("tokens_per_second", "memory_mib")),
                 *(_short(budget[key]["mean"]) for key in ("examples", "tokens", "operations")),
@@ -307,6 +320,15 @@ def _unique(summary: dict[str, Any], key: str) -> list[str]:
     return list(dict.fromkeys(g[key] for g in summary["groups"]))
 
 
+def _length_header(summary: dict[str, Any], name: str = "length") -> list[str]:
+    """The column of lengths, and that of protocols where there are several."""
+    return [name, *(["protocol"] if len(_unique(summary, "protocol")) > 1 else [])]
+
+
+def _length_cells(summary: dict[str, Any], group: dict[str, Any]) -> list[str]:
+    return [f"{group['length']:,}", *([group["protocol"]] if len(_unique(summary, "protocol")) > 1 else [])]
+
+
 def _hundred(figures: dict[str, Any] | None) -> str:
     if figures is None or figures["mean"] is None:
         return "–"
@@ -327,7 +349,11 @@ def _amount(figures: dict[str, Any] | None) -> str:
     if figures["mean"] is None:
         return f"{figures['reached']} of {figures['n']}"
     value = _short(figures["mean"])
-    return value if figures["low"] is None else f"{value} [{_short(figures['low'])}, {_short(figures['high'])}]"
+    return (
+        value
+        if figures["low"] in (None, figures["high"])
+        else f"{value} [{_short(figures['low'])}, {_short(figures['high'])}]"
+    )
 
 
 def _short(value: float) -> str:

@@ -183,7 +183,7 @@ def compare(own: dict[int, float], control: dict[int, float]) -> dict[str, Any] 
     Returns:
         ``mean`` of the differences with its interval (``low``, ``high``: None with one seed), ``n`` seeds, ``p`` of
         the paired t-test, and ``effect``, the differences' mean over their standard deviation, with Hedges' correction
-        for few seeds; None without a common seed.
+        for few seeds, from three seeds on; None without a common seed.
 
     References:
         - Hedges (1981), Distribution theory for Glass's estimator of effect size, J. Educational Statistics 6, 107–128
@@ -198,9 +198,10 @@ def compare(own: dict[int, float], control: dict[int, float]) -> dict[str, Any] 
     deviation = float(np.std(differences, ddof=1)) if n > 1 else 0.0
     # Students that are the control in all but name, near/far ones at short lengths, differ by rounding at most.
     if deviation > 1e-12:
-        correction = 1 - 3 / (4 * (n - 1) - 1)
         figures["p"] = float(ttest_rel(first, second).pvalue)
-        figures["effect"] = correction * float(differences.mean()) / deviation
+        # Of two seeds the correction leaves nothing.
+        if n > 2:
+            figures["effect"] = (1 - 3 / (4 * (n - 1) - 1)) * float(differences.mean()) / deviation
     return figures
 
 
