@@ -17,14 +17,16 @@ from st_linear.study.statistics import Records, summarise
 REPORT = "report"
 
 _STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #8881; }
+:root { color-scheme: light dark; --line: #8884; }
 body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 80rem; padding: 1rem; }
 h1 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
 p, li { max-width: 46rem; overflow-wrap: anywhere; }
 .table { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
-th { background: var(--soft); } th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: Canvas; }
+th { background: Canvas; border-bottom-width: 2px; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; }
+td:first-child { background: Canvas; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); gap: 1rem; }
 figure { margin: 0; max-width: 32rem; } figure svg { width: 100%; height: auto; }
 figure svg text { font-family: inherit !important; } figcaption { font-size: .85rem; opacity: .8; }
