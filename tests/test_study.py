@@ -339,7 +339,7 @@ def made_record(cell: Cell, study: Study) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def reported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with records of 3 students × 2 lengths × 3 seeds, one of them failed and one missing, and its report."""
+    """A folder with records of 3 students × 2 lengths × 3 seeds, one failed and one missing, and its report."""
     folder = tmp_path_factory.mktemp("reported")
     study = Study.model_validate(
         {
