@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import sys
 import traceback
@@ -481,6 +482,8 @@ def study_run(
 ) -> None:
     """Run a study's cells that have no record yet, and write the report; killed at any moment, it goes on there.
 
+    The exit code is 1 if a cell has failed.
+
     Example: `st-linear study run examples/study.yaml --output runs/study`
     """
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -494,9 +497,12 @@ def study_run(
     folder = Path("runs") / config.stem if output is None else output
     _say(f"[bold]{asked.name}[/bold]: {len(asked.cells())} cells")
     # It estimates from what went before: cells differ, and the first steps of one say little of the last.
-    columns = (BarColumn(), TextColumn("{task.percentage:.0f} %"), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.description}"), console=console, speed_estimate_period=600) as bar:
-        task = bar.add_task("", total=None)
+    columns = [BarColumn(), TextColumn("{task.percentage:.0f} %"), TimeElapsedColumn(), TimeRemainingColumn()]
+    columns.append(TextColumn("{task.description}"))
+    # Of processes that torchrun started one speaks for all.
+    is_main = os.environ.get("RANK", "0") == "0"
+    with Progress(*columns, console=console, speed_estimate_period=600, disable=not is_main) as bar:
+        task = bar.add_task("preparing", total=None)
 
         def progress(what: str, done: float, total: float) -> None:
             bar.update(task, description=what, completed=done, total=total)
@@ -504,6 +510,8 @@ def study_run(
         made = run(
             asked, folder, engine=engine, retry_failed=retry_failed, seconds=seconds, progress=progress, say=_say
         )
+    if not is_main:
+        return
     report = write_report(folder) if made.finished else None
     result = {
         "study": asked.name,
@@ -515,6 +523,8 @@ def study_run(
     }
     counts = {key: len(result[key] or ()) for key in ("finished", "failed", "unfinished")}
     _show(_two_columns(asked.name, {**counts, "report": result["report"]}), result, as_json)
+    if made.failed:
+        raise typer.Exit(1)
 
 
 @study.command("report", cls=_Command)

@@ -25,7 +25,7 @@ from transformers import AutoModel
 import st_linear
 from st_linear.models import load
 from st_linear.records import read_json, write_json
-from st_linear.study import statistics
+from st_linear.study import cells, statistics
 from st_linear.study.config import Cell, Study, read_study
 from st_linear.study.inputs import TEACHER_COLUMN, prepare
 from st_linear.study.operations import TRAINING, Operations, near_pairs
@@ -525,6 +525,22 @@ class TestCommands:
         monkeypatch.setattr(cli, "find_spec", lambda name: None)
         code, _, err = run("study run study.yaml")
         assert (code, one_line_error(err)) == (2, 'Error: study needs pydantic: pip install "st-linear[study]"')
+
+    def test_failed_cells_fail_the_command(
+        self,
+        run: Callable[..., tuple[int, str, str]],  # noqa: F811
+        here: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        def fail(*args: Any) -> None:
+            raise MemoryError
+
+        monkeypatch.setattr(cells, "_evaluate", fail)
+        code, out, err = run("study run study.yaml --engine inline --json")
+        assert code == 1
+        assert set(json.loads(out)["failed"].values()) == {"MemoryError"}
+        assert err.count("Failed: ") == 2
+        assert "Traceback" not in err
 
     def test_out_of_time(self, run: Callable[..., tuple[int, str, str]], here: Path) -> None:  # noqa: F811
         code, out, _ = run("study run study.yaml --engine inline --seconds 0 --json")

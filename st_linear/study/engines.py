@@ -8,9 +8,11 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from filelock import Timeout
@@ -52,7 +54,7 @@ def together(cell: Cell, job: Job, on_step: OnStep, deadline: float | None) -> O
     Raises:
         Exception: What made a process fail: its peers would wait for it, so all of them must end.
     """
-    state = PartialState()
+    state = PartialState(cpu=not torch.accelerator.is_available())
     if state.num_processes == 1:
         return attempt(cell, job, on_step, deadline)
     lock = job.lock(cell)
@@ -104,7 +106,9 @@ def _child(sender: Connection, cell: Cell, job: Job, deadline: float | None) -> 
             reported = time.monotonic()
             sender.send((step, steps))
 
-    sender.send(attempt(cell, job, on_step, deadline))
+    # The screen is the study's, whose progress other bars would cut through; errors are in the outcome.
+    with open(os.devnull, "w") as void, redirect_stderr(void):
+        sender.send(attempt(cell, job, on_step, deadline))
     sender.close()
 
 
