@@ -217,6 +217,16 @@ class TestKills:
         assert len(summary.finished) == 5
         assert comparable(tmp_path / "out") == comparable(done)
 
+    def test_two_runs_of_one_folder_share_its_cells(self, done: Path, config: dict[str, Any], tmp_path: Path) -> None:
+        (tmp_path / "second").mkdir()
+        (tmp_path / "out").mkdir()
+        (tmp_path / "second/out").symlink_to(tmp_path / "out")
+        processes = [start(tmp_path, config), start(tmp_path / "second", config, engine="processes")]
+        for process in processes:
+            out, err = process.communicate(timeout=240)
+            assert (process.returncode, out) == (0, b"ready\ndone\n"), err
+        assert comparable(tmp_path / "out") == comparable(done)
+
     def test_out_of_time(self, done: Path, config: dict[str, Any], tmp_path: Path) -> None:
         study = Study.model_validate(config)
         job = Job(study, prepare(study, tmp_path), tmp_path)

@@ -77,6 +77,16 @@ class Job:
         """Held by the process that runs the cell; the system lets it go when that process ends, however it ends."""
         return FileLock(self.folder / LOCKS / cell.folder)
 
+    def is_busy(self, cell: Cell) -> bool:
+        """Whether a process runs the cell now."""
+        lock = self.lock(cell)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return True
+        lock.release()
+        return False
+
 
 @dataclass(frozen=True)
 class Outcome:

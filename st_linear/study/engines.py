@@ -27,6 +27,8 @@ _SECONDS_BETWEEN_REPORTS = 0.2
 
 def in_process(cell: Cell, job: Job, on_step: OnStep, deadline: float | None) -> Outcome:
     """Run a cell in a process of its own: its memory is its own, and its death is not ours."""
+    if job.is_busy(cell):
+        return Outcome("busy")
     context = _context()
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(sender, cell, job, deadline), daemon=True)

@@ -22,8 +22,8 @@ body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 80rem; p
 h1 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
 p, li { max-width: 46rem; overflow-wrap: anywhere; }
 .table { overflow-x: auto; margin: 1rem 0; }
-table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
+table { border-collapse: collapse; font-size: .8rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .45rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 th { background: Canvas; border-bottom-width: 2px; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; }
 td:first-child { background: Canvas; }
