@@ -165,7 +165,7 @@ class TestKills:
     ) -> None:
         for kill, step in (("training", 5), ("_evaluate", 0)):
             process = start(tmp_path, config, kill=kill, step=step)
-            process.communicate(timeout=120)
+            process.communicate(timeout=600)
             assert process.returncode == -signal.SIGKILL
         # The first cell: a checkpoint of its fourth step, then its trained weights.
         assert (tmp_path / "out/cells/00016-repeat-softmax-seed-0/trained.json").is_file()
@@ -223,7 +223,7 @@ class TestKills:
         (tmp_path / "second/out").symlink_to(tmp_path / "out")
         processes = [start(tmp_path, config), start(tmp_path / "second", config, engine="processes")]
         for process in processes:
-            out, err = process.communicate(timeout=240)
+            out, err = process.communicate(timeout=600)
             assert (process.returncode, out) == (0, b"ready\ndone\n"), err
         assert comparable(tmp_path / "out") == comparable(done)
 
@@ -309,7 +309,7 @@ class TestFailures:
         few = {**config, "grid": [{"attention": ["softmax"], "length": 16}]}
         # Of the child alone: forkserver imports the script, too.
         process = start(tmp_path, few, engine="processes", kill="_evaluate")
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=600)
         assert (process.returncode, out) == (0, b"ready\ndone\n"), err
         failure = records(tmp_path / "out")["00016-repeat-softmax-seed-0"]["failure"]
         assert failure["message"].startswith("its process ended with signal 9")

@@ -48,7 +48,7 @@ def prepare(study: Study, folder: Path, *, show_progress_bar: bool = False) -> I
     tokenizer = load(base).tokenizer
     pairs = Pairs.load(study.data.source)
     rows = {split: _rows(getattr(pairs, split), study, split, tokenizer) for split in _SPLITS}
-    subset = Pairs(pairs.source, *(getattr(pairs, split).select(rows[split]) for split in _SPLITS))
+    subset = Pairs(pairs.source, *(Dataset.from_dict(getattr(pairs, split)[rows[split]]) for split in _SPLITS))
     if len(subset.train) < study.training.batch_size:
         raise ValueError(
             f"{len(subset.train)} training pairs make no batch of batch_size={study.training.batch_size}: lower it"
