@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import shutil
 import sys
 import traceback
 from contextlib import redirect_stdout
 from dataclasses import asdict, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -478,6 +480,97 @@ def evaluate(
     _show(_grid_table(figures, title), result, as_json)
 
 
+study = typer.Typer(
+    name="study",
+    help="A grid of distillations under one budget, with a record of each and a report (extra: study).",
+    rich_markup_mode="markdown",
+)
+app.add_typer(study)
+
+
+@study.command("run", cls=_Command)
+def study_run(
+    config: Annotated[Path, typer.Argument(help="The study, a YAML file.")],
+    output: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--output", "-o", help="Folder of the study; runs/NAME of the file by default."),
+    ] = None,
+    engine: Annotated[
+        str,
+        typer.Option(help="'processes': one for each cell, in turn; 'inline': none of their own; 'ray': Ray's tasks."),
+    ] = "processes",
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run cells that failed again.")] = False,
+    seconds: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="Stop after so many, with a checkpoint; the next call goes on."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Run a study's cells that have no record yet, and write the report; killed at any moment, it goes on there.
+
+    The exit code is 1 if a cell has failed.
+
+    Example: `st-linear study run examples/study.yaml --output runs/study`
+    """
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    _need_study()
+    from st_linear.study.config import read_study
+    from st_linear.study.report import write_report
+    from st_linear.study.runner import run
+
+    asked = read_study(config)
+    folder = Path("runs") / config.stem if output is None else output
+    _say(f"[bold]{asked.name}[/bold]: {len(asked.cells())} cells")
+    # It estimates from what went before: cells differ, and the first steps of one say little of the last.
+    columns = [BarColumn(), TextColumn("{task.percentage:.0f} %"), TimeElapsedColumn(), TimeRemainingColumn()]
+    columns.append(TextColumn("{task.description}"))
+    # Of processes that torchrun started one speaks for all.
+    is_main = os.environ.get("RANK", "0") == "0"
+    with Progress(*columns, console=console, speed_estimate_period=600, disable=not is_main) as bar:
+        task = bar.add_task("preparing", total=None)
+
+        def progress(what: str, done: float, total: float) -> None:
+            bar.update(task, description=what, completed=done, total=total)
+
+        made = run(
+            asked, folder, engine=engine, retry_failed=retry_failed, seconds=seconds, progress=progress, say=_say
+        )
+    if not is_main:
+        return
+    report = write_report(folder) if made.finished else None
+    result = {
+        "study": asked.name,
+        "folder": str(folder),
+        "finished": [cell.folder for cell in made.finished],
+        "failed": {cell.folder: message for cell, message in made.failed.items()},
+        "unfinished": [cell.folder for cell in made.unfinished],
+        "report": None if report is None else str(report),
+    }
+    counts = {key: len(result[key] or ()) for key in ("finished", "failed", "unfinished")}
+    _show(_two_columns(asked.name, {**counts, "report": result["report"]}), result, as_json)
+    if made.failed:
+        raise typer.Exit(1)
+
+
+@study.command("report", cls=_Command)
+def study_report(
+    folder: Annotated[Path, typer.Argument(help="Folder of a study, finished or not.")],
+    as_json: Json = False,
+) -> None:
+    """Write a study's report from its records: a page of HTML, Markdown, figures, and all figures as JSON.
+
+    Example: `st-linear study report runs/study`
+    """
+    _need_study()
+    from st_linear.records import read_json
+    from st_linear.study.report import write_report
+
+    report = write_report(folder)
+    result = {"report": str(report), "summary": read_json(report.with_name("summary.json"))}
+    _show(_two_columns(result["summary"]["name"], {"report": result["report"]}), result, as_json)
+
+
 @app.command(cls=_Command)
 def bench(
     level: Annotated[str, typer.Argument(help="'attention', 'encoder', 'training' or 'mixed'.")],
@@ -690,6 +783,13 @@ def _quieten_libraries() -> None:
     transformers_logging.disable_progress_bar()
     enable_progress_bars()
     logging.getLogger("sentence_transformers").setLevel(logging.WARNING)
+
+
+def _need_study() -> None:
+    """Raise an ImportError unless what ``study`` needs is there."""
+    for package in ("pydantic", "yaml", "matplotlib", "markdown_it"):
+        if find_spec(package) is None:
+            raise ImportError(f'study needs {package}: pip install "st-linear[study]"')
 
 
 def _reachable_base() -> str:

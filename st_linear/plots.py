@@ -151,9 +151,13 @@ def _draw_lengths(
     axes.minorticks_off()
 
 
-def new_figure(path: str | Path) -> tuple[Figure, Axes]:
+def new_figure(path: str | Path, size: tuple[float, float] = (8, 4.8)) -> tuple[Figure, Axes]:
     """
     Start a figure that can be saved at ``path``.
+
+    Args:
+        path: A ``.svg`` or ``.png`` file.
+        size: Width and height in inches.
 
     Raises:
         ValueError: If the suffix is none of ``.svg`` and ``.png``.
@@ -165,7 +169,7 @@ def new_figure(path: str | Path) -> tuple[Figure, Axes]:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError('plots need matplotlib: pip install "st-linear[quickstart]"') from error
-    figure = Figure(figsize=(8, 4.8), layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.add_subplot()
     _style(axes)
     return figure, axes

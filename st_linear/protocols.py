@@ -51,8 +51,9 @@ def lengthen(pairs: Dataset, tokenizer: Any, length: int, protocol: str = "repea
             else; filler of a greater length begins with that of a smaller one.
 
     Returns:
-        As many pairs, in the same columns. No text is longer than ``length``; one more sentence, or one more
-        repetition, would make it so. (``truncate`` cuts between tokens.)
+        As many pairs, in the same columns; numbers in other columns are treated as the score is. No text is longer
+        than ``length``; one more sentence, or one more repetition, would make it so. (``truncate`` cuts between
+        tokens.)
 
     Raises:
         ValueError: If the protocol is none of the choices, a column is missing, or ``length`` has no room for a
@@ -90,7 +91,7 @@ def protocol_names() -> list[str]:
 def _repeated(pairs: Dataset, tokenizer: Any, length: int, seed: int) -> Dataset:
     count = len(pairs)
     texts = repeat_to_length([*pairs["sentence1"], *pairs["sentence2"]], tokenizer, length)
-    return _dataset(texts[:count], texts[count:], pairs["score"])
+    return _dataset(texts[:count], texts[count:], pairs)
 
 
 def _filled(pairs: Dataset, tokenizer: Any, length: int, seed: int, *, same: bool, place: float | None) -> Dataset:
@@ -105,7 +106,7 @@ def _filled(pairs: Dataset, tokenizer: Any, length: int, seed: int, *, same: boo
             where = random.Random(f"{seed} {row} place").random() if place is None else place
             texts.append(partial(_surrounded, sentence, order, where))
         columns.append(_longest(texts, tokenizer, length, least=0))
-    return _dataset(columns[0], columns[1], pairs["score"])
+    return _dataset(columns[0], columns[1], pairs)
 
 
 def _surrounded(sentence: str, filler: Sequence[str], where: float, count: int) -> str:
@@ -134,18 +135,22 @@ def _documents(pairs: Dataset, tokenizer: Any, length: int, seed: int) -> Datase
     low, high = scores[rows[0]], scores[rows[-1]]
     near = max(PAIRS_PER_DOCUMENT, len(rows) // 10)
     columns: tuple[list[Callable[[int], str]], list[Callable[[int], str]]] = ([], [])
-    labels = []
+    combined = []
     for number in range(len(pairs)):
         draw = random.Random(f"{seed} {number}")
         # Labels are spread evenly from the lowest to the highest, in random order.
         target = low + (high - low) * (number + draw.random()) / len(pairs)
         chosen = draw.sample(sorted(rows, key=lambda row: (abs(scores[row] - target), row))[:near], PAIRS_PER_DOCUMENT)
-        labels.append(sum(scores[row] for row in chosen) / PAIRS_PER_DOCUMENT)
+        combined.append(chosen)
         for side, column in zip(sentences, columns):
             order = draw.sample(chosen, PAIRS_PER_DOCUMENT)
             column.append(partial(_cycled, [side[row] for row in order]))
     first, second = (_longest(column, tokenizer, length, least=PAIRS_PER_DOCUMENT) for column in columns)
-    return _dataset(first, second, labels)
+    labels = {
+        column: [sum(float(values[row]) for row in chosen) / PAIRS_PER_DOCUMENT for chosen in combined]
+        for column, values in _labels(pairs).items()
+    }
+    return Dataset.from_dict({"sentence1": first, "sentence2": second, **labels})
 
 
 def _cycled(sentences: Sequence[str], count: int) -> str:
@@ -158,7 +163,7 @@ def _truncated(pairs: Dataset, tokenizer: Any, length: int, seed: int) -> Datase
         return documents
     room = TRUNCATED_TO - token_counts([""], tokenizer)[0]
     first, second = ([_cut(text, tokenizer, room) for text in documents[c]] for c in ("sentence1", "sentence2"))
-    return _dataset(first, second, documents["score"])
+    return _dataset(first, second, documents)
 
 
 def _cut(text: str, tokenizer: Any, room: int) -> str:
@@ -197,8 +202,13 @@ def _filler(name: str) -> list[str]:
     return (files("st_linear") / "filler" / f"{name}.txt").read_text(encoding="utf-8").splitlines()
 
 
-def _dataset(first: Sequence[str], second: Sequence[str], scores: Sequence[float]) -> Dataset:
-    return Dataset.from_dict({"sentence1": list(first), "sentence2": list(second), "score": list(scores)})
+def _dataset(first: Sequence[str], second: Sequence[str], pairs: Dataset) -> Dataset:
+    """Other texts with the labels of ``pairs``, row by row."""
+    return Dataset.from_dict({"sentence1": list(first), "sentence2": list(second), **_labels(pairs)})
+
+
+def _labels(pairs: Dataset) -> dict[str, list[float]]:
+    return {name: list(pairs[name]) for name in pairs.column_names if name not in ("sentence1", "sentence2")}
 
 
 _PROTOCOLS: dict[str, _Protocol] = {

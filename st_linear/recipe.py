@@ -21,15 +21,13 @@ from sentence_transformers import (
     CrossEncoder,
     SentenceTransformer,
     SentenceTransformerTrainer,
-    SentenceTransformerTrainingArguments,
 )
-from sentence_transformers.base.evaluation import BaseEvaluator
-from transformers import TrainerCallback, set_seed
+from transformers import set_seed
 
 from st_linear.adapters import NO_ADAPTER
 from st_linear.data import evenly_spaced, load_pairs, repeat_to_length, source_name, token_counts, training_sentences
 from st_linear.evaluation import METRICS, NATURAL, LengthSimilarityEvaluator, Mean, correlation
-from st_linear.losses import TEACHER_ACTIVATIONS, AttentionTransferLoss, DistillationLoss
+from st_linear.losses import TEACHER_ACTIVATIONS, AttentionTransferLoss
 from st_linear.mining import mine_pairs
 from st_linear.models import check_model_folder, convert, load, save_model
 from st_linear.pair_head import PairScorer
@@ -51,6 +49,7 @@ from st_linear.teachers import (
     read_teacher_scores,
     train_teacher,
 )
+from st_linear.training import Curve, distil_pairs, training_arguments
 from st_linear.transfer import run_trainer
 
 logger = logging.getLogger(__name__)
@@ -375,7 +374,7 @@ def transfer_model(
         texts, batch_size = list(sentences), settings.batch_size
     loss = AttentionTransferLoss(model, train=student.transfer)
     rates = {r"linear_attention\.": settings.maps_learning_rate / (1 if student.transfer == "maps" else 10)}
-    arguments = _training_arguments(
+    arguments = training_arguments(
         output,
         settings,
         per_device_train_batch_size=batch_size,
@@ -472,8 +471,13 @@ def _train(
     train = pairs.train if teacher is None else _taught(pairs.train, teacher, settings)
     steps = math.ceil(len(train) / settings.batch_size) * settings.epochs
     every = max(1, round(steps / settings.evaluations))
-    curve = _Curve(model, train, pairs.dev, settings)
-    arguments = _training_arguments(
+    natural = replace(settings, lengths=())
+
+    def measure() -> dict[str, Any]:
+        return evaluate_model(model, pairs.dev, natural, show_progress_bar=False)["natural"]
+
+    curve = Curve(model, measure, train, settings.batch_size)
+    arguments = training_arguments(
         output,
         settings,
         num_train_epochs=settings.epochs,
@@ -481,21 +485,7 @@ def _train(
         eval_steps=every,
         disable_tqdm=not show_progress_bar,
     )
-    trainer = SentenceTransformerTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=train,
-        loss=DistillationLoss(
-            model,
-            alpha=settings.alpha,
-            head=settings.head,
-            objective=settings.objective,
-            teacher_activation=settings.teacher_activation,
-        ),
-        evaluator=curve,
-        callbacks=[curve],
-    )
-    run_trainer(trainer)
+    distil_pairs(curve, train, arguments, settings)
     return curve.points
 
 
@@ -510,74 +500,6 @@ def _taught(gold: Dataset, teacher: Teacher, settings: Settings) -> Dataset:
     scores = torch.tensor(teacher.mined["score"], dtype=torch.float64)
     labels = torch.stack([activated(scores), scores], dim=1).tolist()
     return concatenate_datasets([train, teacher.mined.remove_columns("score").add_column("score", labels)])
-
-
-class _Curve(BaseEvaluator, TrainerCallback):
-    """The learning curve: dev figures against steps, examples, tokens and seconds of training."""
-
-    primary_metric = "pearson"
-
-    def __init__(self, model: SentenceTransformer, train: Dataset, dev: Dataset, settings: Settings) -> None:
-        super().__init__()
-        self.model = model
-        self.dev = dev
-        self.settings = replace(settings, lengths=())
-        self.examples = len(train)
-        columns = (token_counts(train[column], model.tokenizer) for column in ("sentence1", "sentence2"))
-        self.tokens_per_pair = sum(map(sum, columns)) / len(train)
-        self.points: list[dict[str, Any]] = []
-        self.seconds = 0.0
-        self.resumed = time.perf_counter()
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._measure_at(0)
-
-    def __call__(  # type: ignore[override]  # narrows the model, as Sentence Transformers' own evaluators do
-        self, model: SentenceTransformer, output_path: str | None = None, epoch: float = -1, steps: int = -1
-    ) -> dict[str, float]:
-        return self._measure_at(steps)
-
-    def on_train_end(self, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
-        if self.points[-1]["step"] != state.global_step:
-            self._measure_at(state.global_step)
-
-    def _measure_at(self, step: int) -> dict[str, float]:
-        if step:
-            self.seconds += time.perf_counter() - self.resumed
-        figures = evaluate_model(self.model, self.dev, self.settings, show_progress_bar=False)["natural"]
-        if figures["undefined"]:
-            raise ValueError(f"the student can't be measured on dev after {step} steps: {figures['undefined']}")
-        self.resumed = time.perf_counter()
-        # The last batch of an epoch is smaller: count whole epochs as such.
-        epochs, rest = divmod(step, math.ceil(self.examples / self.settings.batch_size))
-        examples = epochs * self.examples + rest * self.settings.batch_size
-        point = {
-            "step": step,
-            "examples": examples,
-            "tokens": round(examples * self.tokens_per_pair),
-            "seconds": self.seconds,
-            "pearson": figures["pearson"],
-            "spearman": figures["spearman"],
-        }
-        self.points.append(point)
-        return {name: point[name] for name in ("pearson", "spearman")}
-
-
-def _training_arguments(output: Path, settings: Settings, **options: Any) -> SentenceTransformerTrainingArguments:
-    defaults: dict[str, Any] = {
-        "output_dir": str(output / "trainer"),
-        "per_device_train_batch_size": settings.batch_size,
-        "learning_rate": settings.learning_rate,
-        "warmup_steps": 0.1,
-        "save_strategy": "no",
-        "logging_strategy": "no",
-        "report_to": "none",
-        "dataloader_pin_memory": torch.cuda.is_available(),
-        "bf16": settings.half,
-        "use_cpu": not torch.accelerator.is_available(),
-        "seed": settings.seed,
-    }
-    return SentenceTransformerTrainingArguments(**(defaults | options))
 
 
 def _has_maps(model: SentenceTransformer) -> bool:

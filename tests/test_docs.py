@@ -6,7 +6,7 @@ import re
 import runpy
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -175,11 +175,18 @@ def test_extras_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_commands_and_options_exist(page: Path) -> None:
-    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    top: Any = typer.main.get_command(app)
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")
     for name, rest in re.findall(r"(?<![\w/\[\"])st-linear ([a-z]\w*)([^\n`]*)", text):
-        assert name in commands, f"{name_of(page)} names the command {name!r}"
-        known = {option for parameter in commands[name].params for option in parameter.opts} | {"--help", "--debug"}
+        assert name in top.commands, f"{name_of(page)} names the command {name!r}"
+        command = top.commands[name]
+        if subcommands := getattr(command, "commands", None):
+            subname = (rest.split() or [""])[0]
+            if not subname:
+                continue
+            assert subname in subcommands, f"{name_of(page)} names the command {name} {subname!r}"
+            command = subcommands[subname]
+        known = {option for parameter in command.params for option in parameter.opts} | {"--help", "--debug"}
         if name == "mteb":
             known |= set(re.findall(r"--[a-z-]+", mteb_help()))
         assert set(re.findall(r"(?<!\S)--[a-z][a-z-]*", rest)) <= known, f"{name_of(page)}: st-linear {name}{rest}"

@@ -37,17 +37,26 @@ LAYERS = [
     "grid",
     "transfer",
     "plots",
-    "study",
     "settings",
+    "training",
     "recipe",
     "tasks",
     "benchmarks",
+    "study",
     "__init__",
     "cli",
 ]
 """Top-level modules of the package, lowest first."""
 
-OPTIONAL = {"matplotlib": ("plots", "study"), "mteb": ("tasks",), "triton": ("kernels",)}
+OPTIONAL = {
+    "matplotlib": ("plots", "study"),
+    "markdown_it": ("study",),
+    "mteb": ("tasks",),
+    "pydantic": ("study",),
+    "ray": ("study",),
+    "triton": ("kernels",),
+    "yaml": ("study",),
+}
 """Packages that come with an extra, and the modules that may import them."""
 
 FILES = sorted(PACKAGE.rglob("*.py"))

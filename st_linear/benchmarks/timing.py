@@ -192,7 +192,7 @@ def extra_memory(step: Step, device: torch.device) -> ExtraMemory | None:
     if device.type not in ("cpu", "cuda"):
         return None
     gc.collect()
-    _return_free_heap()
+    return_free_heap()
     synchronise(device)
     reset_peak_memory()
     before = peak_memory_mib()
@@ -278,7 +278,8 @@ def _no_output_of_libraries() -> Iterator[None]:
         os.close(nowhere)
 
 
-def _return_free_heap() -> None:
+def return_free_heap() -> None:
+    """Give memory that is free but kept back to the system, where the C library can: it would hide growth."""
     try:
         # glibc's alone; other C libraries have no such function.
         ctypes.CDLL(None).malloc_trim(0)
