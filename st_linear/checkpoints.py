@@ -91,7 +91,7 @@ def refuse_missing_weights(where: str, missing: Collection[str]) -> None:
 @contextmanager
 def whole_weights() -> Iterator[None]:
     """Within it, encoders that Sentence Transformers loads are whole, or refused as by
-    :func:`refuse_missing_weights`."""
+    :func:`refuse_missing_weights`; those of other threads, too."""
     load = Transformer._load_model
 
     def checked(

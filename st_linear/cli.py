@@ -400,12 +400,12 @@ def evaluate(
     split: Annotated[str, typer.Option(help="'train', 'dev' or 'test'.")] = "test",
     lengths: Lengths = "",
     protocols: Annotated[
-        str,
+        Optional[str],  # noqa: UP045
         typer.Option(
-            help="How texts come to these lengths, comma-separated: 'repeat', …, or 'all'; an unknown name lists the "
-            "choices."
+            help="How texts come to these lengths, comma-separated, or 'all'; 'repeat' by default. An unknown name "
+            "lists the choices."
         ),
-    ] = "repeat",
+    ] = None,
     pairs_at_length: Annotated[
         str, typer.Option(help="Pairs read at each of the lengths, evenly spaced: a number, or one for each length.")
     ] = "200",
@@ -440,29 +440,34 @@ def evaluate(
     for path in plots:
         _check_plot(path)
     pairs = load_pairs(data, split)
-    names = tuple(protocol_names()) if protocols == "all" else tuple(dict.fromkeys(_names(protocols) or ()))
+    _refuse_without("--lengths", lengths or None, {"--protocols": protocols})
+    names = (
+        tuple(protocol_names()) if protocols == "all" else tuple(dict.fromkeys(_names(protocols or "repeat") or ()))
+    )
     counts = _numbers("--pairs-at-length", pairs_at_length, distinct=False)
     grid = Grid(_lengths(lengths), names, counts, seed)
     _say(f"Data: {source_name(data)} · {split}, {len(pairs)} pairs")
-    if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
     # All of them, so that a wrong name is found out before the first is evaluated.
     loaded: dict[str, Any] = {model: load(model) for model in models}
     first = loaded[models[0]]
     if references:
+        if "bm25" in loaded:
+            raise ValueError("the model 'bm25' has the name of a reference: give its path as ./bm25")
         loaded |= {"bm25": BM25(), f"static {models[0]}": static_embeddings(first)}
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
     figures = {}
     for name, model in loaded.items():
         _say(f"Evaluating {name}")
         head = None if isinstance(model, BM25) else find_dse_head(model)
         if head is not None:
-            _say(f"{name}: scores of its DSE head")
-            figures[name] = evaluate_model(model, pairs, Settings(lengths=grid.lengths, head="dse"))
+            _say(f"{name}: scores of its DSE head, at natural length alone")
+            figures[name] = evaluate_model(model, pairs, Settings(lengths=(), head="dse"))
             continue
         # The references read the very texts that the first model reads.
-        tokenizer = None if name in models else first.tokenizer
+        measured_by = None if name in models else first
         folder = None if output is None else output / "cells" / _file_name(name)
-        figures[name] = evaluate_grid(model, pairs, grid, tokenizer=tokenizer, folder=folder)
+        figures[name] = evaluate_grid(model, pairs, grid, measured_by=measured_by, folder=folder)
     result = {
         "data": source_name(data),
         "split": split,

@@ -223,7 +223,8 @@ class LengthSimilarityEvaluator(EmbeddingSimilarityEvaluator):
         main_metric: The primary metric's kind, ``"pearson"`` or ``"spearman"``.
         batch_size: Texts per batch up to 256 tokens a text. Longer texts go in proportionally smaller batches, so
             memory stays about that of ``batch_size * 256`` tokens.
-        tokenizer: What measures lengths; by default the model's own. :class:`~st_linear.references.BM25` has none.
+        measured_by: A model whose tokenizer and default prompt measure lengths; by default the one that is evaluated,
+            but :class:`~st_linear.references.BM25` has neither.
         name: The data's name, prefix of the metrics and part of the CSV file's name.
         show_progress_bar: Show progress over the cells and within each.
         write_csv: Append one row per cell and call to a CSV file in ``output_path``.
@@ -274,7 +275,7 @@ class LengthSimilarityEvaluator(EmbeddingSimilarityEvaluator):
         primary_protocol: str | None = None,
         main_metric: Literal["pearson", "spearman"] = "spearman",
         batch_size: int = 32,
-        tokenizer: Any = None,
+        measured_by: SentenceTransformer | None = None,
         name: str = "",
         show_progress_bar: bool = False,
         write_csv: bool = True,
@@ -296,7 +297,7 @@ class LengthSimilarityEvaluator(EmbeddingSimilarityEvaluator):
         self.primary_length = self.lengths[0] if primary_length is None else primary_length
         self.main_metric = _metric("main_metric", main_metric)
         self.seed = seed
-        self.tokenizer = tokenizer
+        self.measured_by = measured_by
         super().__init__(
             list(sentences1),
             list(sentences2),
@@ -390,7 +391,7 @@ class LengthSimilarityEvaluator(EmbeddingSimilarityEvaluator):
         return {"lengths": list(self.lengths), "protocols": list(self.protocols), "seed": self.seed}
 
     def _evaluate(self, model: SentenceTransformer | BM25, protocol: str, length: int | None) -> dict[str, Any]:
-        pairs, counts = self._pairs(model, protocol, length)
+        pairs, counts = self.pairs_at(model, protocol, length)
         limit = (None if isinstance(model, BM25) else model.max_seq_length) or math.inf
         read = np.minimum(counts, limit)
         collapse: float | None = None
@@ -422,19 +423,28 @@ class LengthSimilarityEvaluator(EmbeddingSimilarityEvaluator):
             "tokens_per_second": float(read.sum() / seconds),
         }
 
-    def _pairs(
+    def pairs_at(
         self, model: SentenceTransformer | BM25, protocol: str, length: int | None
     ) -> tuple[Dataset, np.ndarray]:
-        """The pairs of a cell, and token counts of both sides, kept for the next call with the same tokenizer."""
-        prompt = ""
-        if isinstance(model, BM25):
-            if self.tokenizer is None:
-                raise ValueError("BM25 has no tokenizer to measure lengths with: pass tokenizer, that of a model")
-            tokenizer = self.tokenizer
-        else:
-            tokenizer = self.tokenizer or model.tokenizer
-            if model.default_prompt_name:
-                prompt = model.prompts.get(model.default_prompt_name) or ""
+        """
+        Make the pairs of a cell; they are kept for the next call with the same tokenizer.
+
+        Args:
+            model: The model that shall read them.
+            protocol: One of ``protocols``, or ``"natural"``.
+            length: One of ``lengths``.
+
+        Returns:
+            The pairs, and the numbers of tokens of all first texts, then of all second ones, prompt included.
+
+        Raises:
+            ValueError: If a text is longer than the length, or nothing measures lengths.
+        """
+        measure = self.measured_by or model
+        if isinstance(measure, BM25):
+            raise ValueError("BM25 has no tokenizer to measure lengths with: pass measured_by, a model")
+        tokenizer = measure.tokenizer
+        prompt = (measure.prompts.get(measure.default_prompt_name) if measure.default_prompt_name else None) or ""
         kept = self._prepared.get((protocol, length))
         if kept is not None and kept[0] is tokenizer and kept[1] == prompt:
             return kept[2], kept[3]
@@ -444,7 +454,10 @@ class LengthSimilarityEvaluator(EmbeddingSimilarityEvaluator):
         if length is not None:
             # encode() puts the prompt before every text; without room for it each text would lose its end.
             empty, prompted = token_counts(["", prompt], tokenizer)
-            pairs = lengthen(pairs, tokenizer, length - (prompted - empty), protocol, seed=self.seed)
+            room = length - (prompted - empty)
+            if room < 1:
+                raise ValueError(f"length={length} has no room beside the default prompt of {prompted - empty} tokens")
+            pairs = lengthen(pairs, tokenizer, room, protocol, seed=self.seed)
         texts = _texts(pairs)
         distinct = list(dict.fromkeys(texts))
         tokens = dict(zip(distinct, token_counts([prompt + text for text in distinct], tokenizer), strict=True))

@@ -90,10 +90,13 @@ def plot_pearson_by_protocol(
     rows = math.ceil(len(results) / columns)
     figure.set_size_inches(3 * columns + 2, 2.6 * rows + 0.6)
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
+    ticks: set[int] = set()
     for axes, (protocol, by_model) in zip(panels, results.items()):
         _style(axes)
-        _draw_lengths(axes, f"results[{protocol!r}]", by_model, cut_where_read=False)
+        ticks |= _draw_lengths(axes, f"results[{protocol!r}]", by_model, cut_where_read=False)
         axes.set_title(protocol, loc="left", fontsize="medium")
+    # The panels share their axes, and a panel may lack a length where nothing is defined.
+    panels[0].set_xticks(_apart(sorted(ticks)))
     for axes in panels[len(results) :]:
         axes.remove()
     for axes in panels[max(0, len(results) - columns) : len(results)]:
@@ -107,7 +110,8 @@ def plot_pearson_by_protocol(
 
 def _draw_lengths(
     axes: Axes, argument: str, results: dict[str, dict[int | None, dict[str, Any]]], *, cut_where_read: bool
-) -> None:
+) -> set[int]:
+    """Draw a line for each model, and return the numbers of tokens that it has points at."""
     _nonempty(argument, results)
     ticks: set[int] = set()
     for index, (model, by_length) in enumerate(results.items()):
@@ -149,6 +153,7 @@ def _draw_lengths(
     axes.set_xticks(_apart(sorted(ticks)))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.minorticks_off()
+    return ticks
 
 
 def new_figure(path: str | Path, size: tuple[float, float] = (8, 4.8)) -> tuple[Figure, Axes]:

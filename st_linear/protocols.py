@@ -9,6 +9,7 @@ from importlib.resources import files
 from typing import Any
 
 from datasets import Dataset
+from tokenizers import Tokenizer
 
 from st_linear.data import check_length, repeat_to_length, token_counts
 
@@ -32,9 +33,9 @@ def lengthen(pairs: Dataset, tokenizer: Any, length: int, protocol: str = "repea
 
     - ``repeat``: each sentence again and again. Asks whether a vector survives length itself; a model that reads only
       the beginning loses nothing.
-    - ``filler-same-start`` … ``-middle``, ``-end``, ``-random``: neutral sentences around each sentence, the same for
-      both of a pair; the sentence stands at that place. Asks whether a model finds what differs in what does not.
-      Vectors that follow the filler alone make all pairs equal.
+    - ``filler-same-start`` … ``-middle``, ``-end``, ``-random``: neutral sentences around each sentence, the same, and
+      as many, for both of a pair; the sentence stands at that place. Asks whether a model finds what differs in what
+      does not. Vectors that follow the filler alone make all pairs equal.
     - ``filler-different-start`` …: other sentences for either. Asks whether a model finds what matters among what does
       not. Filler that weighs more than the sentence makes all pairs alike in being different.
     - ``document``: four pairs become a pair of documents, the sentences of either in an order of its own and again
@@ -51,9 +52,9 @@ def lengthen(pairs: Dataset, tokenizer: Any, length: int, protocol: str = "repea
             else; filler of a greater length begins with that of a smaller one.
 
     Returns:
-        As many pairs, in the same columns; numbers in other columns are treated as the score is. No text is longer
-        than ``length``; one more sentence, or one more repetition, would make it so. (``truncate`` cuts between
-        tokens.)
+        As many pairs; numbers in other columns are treated as the score is, other columns are left out. No text is
+        longer than ``length``; one more sentence, or one more repetition, would make it so, or with the same filler,
+        the other of its pair. (``truncate`` cuts between tokens.)
 
     Raises:
         ValueError: If the protocol is none of the choices, a column is missing, or ``length`` has no room for a
@@ -95,18 +96,23 @@ def _repeated(pairs: Dataset, tokenizer: Any, length: int, seed: int) -> Dataset
 
 
 def _filled(pairs: Dataset, tokenizer: Any, length: int, seed: int, *, same: bool, place: float | None) -> Dataset:
-    columns = []
+    columns: list[list[Callable[[int], str]]] = []
     for side, column in enumerate(("sentence1", "sentence2")):
         pool = _filler("first" if same or side == 0 else "second")
-        texts = []
+        texts: list[Callable[[int], str]] = []
         for row, sentence in enumerate(pairs[column]):
             draw = random.Random(f"{seed} {row} {0 if same else side}")
             order = draw.sample(pool, len(pool))
             # Drawn once for a pair: where the sentence stands must not tell its sides apart.
             where = random.Random(f"{seed} {row} place").random() if place is None else place
             texts.append(partial(_surrounded, sentence, order, where))
-        columns.append(_longest(texts, tokenizer, length, least=0))
-    return _dataset(columns[0], columns[1], pairs)
+        columns.append(texts)
+    numbers = [_most_sentences(texts, tokenizer, length, least=0) for texts in columns]
+    if same:
+        # One sentence of filler more on a side would tell the two apart as much as what is asked about.
+        numbers = [[min(both) for both in zip(*numbers)]] * 2
+    first, second = ([make(n) for make, n in zip(texts, some)] for texts, some in zip(columns, numbers))
+    return _dataset(first, second, pairs)
 
 
 def _surrounded(sentence: str, filler: Sequence[str], where: float, count: int) -> str:
@@ -145,7 +151,10 @@ def _documents(pairs: Dataset, tokenizer: Any, length: int, seed: int) -> Datase
         for side, column in zip(sentences, columns):
             order = draw.sample(chosen, PAIRS_PER_DOCUMENT)
             column.append(partial(_cycled, [side[row] for row in order]))
-    first, second = (_longest(column, tokenizer, length, least=PAIRS_PER_DOCUMENT) for column in columns)
+    first, second = (
+        [make(n) for make, n in zip(some, _most_sentences(some, tokenizer, length, least=PAIRS_PER_DOCUMENT))]
+        for some in columns
+    )
     labels = {
         column: [sum(float(values[row]) for row in chosen) / PAIRS_PER_DOCUMENT for chosen in combined]
         for column, values in _labels(pairs).items()
@@ -167,12 +176,16 @@ def _truncated(pairs: Dataset, tokenizer: Any, length: int, seed: int) -> Datase
 
 
 def _cut(text: str, tokenizer: Any, room: int) -> str:
-    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False)
-    return text[: encoding["offset_mapping"][:room][-1][1]]
+    if isinstance(tokenizer, Tokenizer):
+        offsets = tokenizer.encode(text, add_special_tokens=False).offsets
+    else:
+        options = {"add_special_tokens": False, "return_offsets_mapping": True, "truncation": False}
+        offsets = tokenizer(text, verbose=False, **options)["offset_mapping"]
+    return text[: offsets[:room][-1][1]]
 
 
-def _longest(texts: Sequence[Callable[[int], str]], tokenizer: Any, length: int, *, least: int) -> list[str]:
-    """Of each text by its number of sentences, the longest within ``length`` tokens; it has ``least`` of them."""
+def _most_sentences(texts: Sequence[Callable[[int], str]], tokenizer: Any, length: int, *, least: int) -> list[int]:
+    """For each text by its number of sentences, how many keep it within ``length`` tokens; ``least`` must."""
     most = [least] * len(texts)
     fitting = token_counts([make(least) for make in texts], tokenizer)
     for make, count in zip(texts, fitting):
@@ -186,6 +199,8 @@ def _longest(texts: Sequence[Callable[[int], str]], tokenizer: Any, length: int,
         counts = token_counts([texts[row](trial[row]) for row in active], tokenizer)
         for row, count in zip(active, counts):
             tokens_each = max(1.0, (count - fitting[row]) / (trial[row] - most[row]))
+            if count == fitting[row]:
+                raise ValueError(f"texts of no tokens make none longer: {texts[row](trial[row])[-60:]!r}")
             if count <= length:
                 most[row], fitting[row] = trial[row], count
             else:
@@ -194,7 +209,7 @@ def _longest(texts: Sequence[Callable[[int], str]], tokenizer: Any, length: int,
             bound = too_many[row]
             trial[row] = guess if bound is None else min(guess, bound - 1)
         active = [row for row in active if too_many[row] != most[row] + 1]
-    return [make(number) for make, number in zip(texts, most)]
+    return most
 
 
 @cache
@@ -208,7 +223,9 @@ def _dataset(first: Sequence[str], second: Sequence[str], pairs: Dataset) -> Dat
 
 
 def _labels(pairs: Dataset) -> dict[str, list[float]]:
-    return {name: list(pairs[name]) for name in pairs.column_names if name not in ("sentence1", "sentence2")}
+    """The columns of numbers, by name."""
+    columns = {name: list(pairs[name]) for name in pairs.column_names if name not in ("sentence1", "sentence2")}
+    return {name: some for name, some in columns.items() if all(isinstance(value, (int, float)) for value in some)}
 
 
 _PROTOCOLS: dict[str, _Protocol] = {

@@ -12,11 +12,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
 from sentence_transformers.util import load_file_path
 from transformers import AutoTokenizer
 
 from st_linear.data import load_pairs
+from st_linear.evaluation import checked_labels
 from st_linear.models import load
 from st_linear.protocols import lengthen, protocol_names
 from st_linear.recipe import packaged_base
@@ -47,6 +49,8 @@ STSB = STSBenchmarkSTS.metadata.name
 BENCHMARK = "STSB-long"
 
 _SEED = 0
+
+_FLOAT32_ROUNDING = 1e-6
 
 
 class LongSTSBenchmark(STSBenchmarkSTS):
@@ -81,6 +85,16 @@ class LongSTSBenchmark(STSBenchmarkSTS):
         loaded: Any = self.dataset
         self._lengthen({split: _in_unit_range(loaded[split]) for split in self.eval_splits})
 
+    def _calculate_scores(self, scores: Any, normalized_scores: list[float]) -> Any:
+        cosines = np.asarray(scores["cosine_scores"], dtype=np.float64)
+        # mteb's cosines are float32: what differs by less is rounding, and would correlate with anything.
+        if not np.ptp(cosines) > _FLOAT32_ROUNDING:
+            raise ValueError(
+                f"{self.metadata.name}: the cosines of all {len(cosines)} pairs are {cosines[0]:g}, or differ by less "
+                "than mteb can tell; st-linear evaluate measures in float64"
+            )
+        return super()._calculate_scores(scores, normalized_scores)
+
     def _lengthen(self, pairs: dict[str, Dataset]) -> None:
         if self.protocol is not None:
             tokenizer = _tokenizer()
@@ -110,7 +124,7 @@ def stsb_task(name: str, stsb: str | Path | None = None) -> type[STSBenchmarkSTS
         The task's class.
 
     Raises:
-        ValueError: If there is no such task, or a file of the local copy can't be read.
+        ValueError: If there is no such task, or the local copy can't be read, has fewer than 4 pairs or equal scores.
         FileNotFoundError: If the folder or its test file is missing.
 
     Example:
@@ -257,6 +271,7 @@ def _local_copy(stsb: str | Path | None) -> tuple[Path | None, str]:
     if stsb is None:
         return None, STSBenchmarkSTS.metadata.revision
     pairs = load_pairs(Path(stsb), "test")
+    checked_labels("scores", pairs["score"])
     return Path(stsb), f"local-{digest([list(pairs[name]) for name in ('sentence1', 'sentence2', 'score')])}"
 
 

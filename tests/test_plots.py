@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from st_linear.plots import plot_learning_curves, plot_pearson_by_length, plot_speed
+from st_linear.plots import plot_learning_curves, plot_pearson_by_length, plot_pearson_by_protocol, plot_speed
 
 CURVES = {
     "softmax": [{"examples": 0, "pearson": 0.5}, {"examples": 1000, "pearson": 0.8}],
@@ -77,6 +77,23 @@ def test_lengths_are_sorted_natural_at_its_tokens_with_intervals(tmp_path: Path,
         ]
         assert axes.get_xscale() == "log"
         assert axes.get_xticks().tolist() == [14, 512, 2048]
+
+
+def test_panels_share_their_axes_and_leave_out_what_is_undefined(tmp_path: Path, drawn: list) -> None:
+    nothing = {**figures(0.5, 512), "pearson": None, "undefined": "all 8 predictions are 1", "truncated": 1.0}
+    cut = {**figures(0.4, 512), "truncated": 1.0}
+    results = {
+        "repeat": {"softmax": {128: figures(0.8, 128), 2048: cut}},
+        "filler-same-end": {"softmax": {128: figures(0.3, 128), 2048: nothing}},
+        "filler-same-start": {"softmax": {128: nothing, 2048: nothing}},
+    }
+    plot_pearson_by_protocol(results, tmp_path / "a.svg")
+    panels = drawn[0].axes
+    assert [axes.get_title(loc="left") for axes in panels] == list(results)
+    # The length that was asked for, though it was cut.
+    assert [len(axes.containers[0][0].get_xdata()) for axes in panels[:2]] == [2, 1]
+    assert all(axes.get_xticks().tolist() == [128, 2048] for axes in panels)
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["softmax"]
 
 
 def test_many_lines_differ(tmp_path: Path, drawn: list) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from conftest import refused
 from datasets import Dataset
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from st_linear.data import load_pairs, token_counts
@@ -17,7 +18,7 @@ from st_linear.protocols import (
     PAIRS_PER_DOCUMENT,
     TRUNCATED_TO,
     _filler,
-    _longest,
+    _most_sentences,
     _surrounded,
     lengthen,
     protocol_names,
@@ -68,9 +69,40 @@ def test_no_text_is_longer_and_one_more_sentence_would_make_it_so(
     if protocol == "truncate" and length > TRUNCATED_TO:
         assert min(counts) >= TRUNCATED_TO - 3
         return
-    sentences = [*both(pairs), *_filler("first"), *_filler("second")]
-    longest = max(token_counts(sentences, tokenizer)) - 2
-    assert min(counts) > bound - longest
+    if protocol == "repeat":
+        more = [f"{text} {sentence}" for text, sentence in zip(both(made), both(pairs))]
+    elif protocol.startswith("filler"):
+        sentences = [*both(pairs), *_filler("first"), *_filler("second")]
+        longest = max(token_counts(sentences, tokenizer)) - 2
+        # With the same filler the shorter of a pair may lack what the two sentences differ by, too.
+        assert min(counts) > bound - (2 if "same" in protocol else 1) * longest
+        return
+    else:
+        more = [f"{text} {next_sentence(text, pairs)}" for text in both(made)]
+    assert min(token_counts(more, tokenizer)) > bound
+
+
+def next_sentence(document: str, pairs: Dataset) -> str:
+    """The sentence that a document would go on with: it goes around, and shows at least one whole round."""
+    cycle, rest = [], document
+    while rest:
+        sentence = max((s for s in both(pairs) if rest.startswith(s)), key=len)
+        cycle.append(sentence)
+        rest = rest[len(sentence) :].lstrip()
+    return cycle[len(cycle) % PAIRS_PER_DOCUMENT]
+
+
+@pytest.mark.parametrize("protocol", protocol_names())
+def test_a_bare_tokenizer_makes_the_same_texts(pairs: Dataset, tokenizer: Any, protocol: str) -> None:
+    bare = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    bare.no_truncation()
+    bare.no_padding()
+    some = pairs.select(range(12))
+    # It knows of no special tokens, of which the other one adds two.
+    length = 510 if protocol == "truncate" else 600
+    ours, theirs = (lengthen(some, each, size, protocol) for each, size in ((tokenizer, length + 2), (bare, length)))
+    assert ours["score"] == theirs["score"]
+    assert token_counts(both(ours), bare) == token_counts(both(theirs), bare)
 
 
 @pytest.mark.parametrize("where", [0.0, 0.3, 1.0])
@@ -81,8 +113,8 @@ def test_the_search_finds_what_trying_all_finds(pairs: Dataset, tokenizer: Any, 
     for make in makers:
         counts = token_counts([make(number) for number in range(60)], tokenizer)
         assert counts[-1] > length
-        expected.append(make(max(number for number, count in enumerate(counts) if count <= length)))
-    assert _longest(makers, tokenizer, length, least=0) == expected
+        expected.append(max(number for number, count in enumerate(counts) if count <= length))
+    assert _most_sentences(makers, tokenizer, length, least=0) == expected
 
 
 @pytest.mark.parametrize("protocol", FILLERS)
@@ -188,5 +220,29 @@ def test_examples_in_the_docs_are_what_the_protocols_make(tokenizer: Any) -> Non
     page = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
     pairs = load_pairs("sample", "test").select(range(8))
     for protocol in ("repeat", *FILLERS, "document"):
-        texts = lengthen(pairs, tokenizer, 64 if protocol == "document" else 32, protocol)
+        length = {"repeat": 32, "document": 64}.get(protocol, 48)
+        texts = lengthen(pairs, tokenizer, length, protocol)
         assert f"| `{protocol}` | {texts['sentence1'][0]} | {texts['sentence2'][0]} |" in page
+
+
+def test_both_of_a_pair_have_as_much_of_the_same_filler(pairs: Dataset, tokenizer: Any) -> None:
+    for protocol in FILLERS:
+        if "same" in protocol:
+            made = lengthen(pairs, tokenizer, 300, protocol)
+            for row, texts in zip(pairs, zip(made["sentence1"], made["sentence2"])):
+                rests = [text.replace(row[column], "", 1) for text, column in zip(texts, ("sentence1", "sentence2"))]
+                assert rests[0].split() == rests[1].split()
+
+
+def test_labels_are_numbers_and_other_columns_are_left_out(pairs: Dataset, tokenizer: Any) -> None:
+    some = pairs.select(range(12)).add_column("genre", ["news"] * 12).add_column("taught", [0.5] * 12)
+    for protocol in ("repeat", "filler-same-end", "document", "truncate"):
+        made = lengthen(some, tokenizer, 128, protocol)
+        assert made.column_names == ["sentence1", "sentence2", "score", "taught"]
+        assert made["taught"][:] == [0.5] * 12
+
+
+def test_sentences_without_tokens_end_in_an_error(tokenizer: Any) -> None:
+    nothing = Dataset.from_dict({"sentence1": ["\u200b"] * 4, "sentence2": ["\u200b"] * 4, "score": [0, 0.3, 0.6, 1]})
+    with refused("texts of no tokens make none longer"):
+        lengthen(nothing, tokenizer, 64, "document")

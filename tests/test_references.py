@@ -54,9 +54,10 @@ def test_static_embeddings_need_an_encoder(minilm: str) -> None:
 
 def test_references_read_the_texts_of_a_model(minilm: str) -> None:
     model = load(minilm)
+    model.prompts, model.default_prompt_name = {"query": "What is said in this text? "}, "query"
     pairs = load_pairs("sample", "test").select(range(10))
     columns = (pairs["sentence1"], pairs["sentence2"], pairs["score"])
-    evaluator = LengthSimilarityEvaluator(*columns, lengths=(None, 96), tokenizer=model.tokenizer, write_csv=False)
+    evaluator = LengthSimilarityEvaluator(*columns, lengths=(None, 96), measured_by=model, write_csv=False)
     tokens = []
     for some in (model, static_embeddings(model), BM25()):
         evaluator(some)
@@ -66,5 +67,5 @@ def test_references_read_the_texts_of_a_model(minilm: str) -> None:
         assert figures["truncated"] == 0
     assert len(set(tokens)) == 1
     assert figures["mean_pairwise_cosine"] is None
-    with pytest.raises(ValueError, match="BM25 has no tokenizer to measure lengths with: pass tokenizer"):
+    with pytest.raises(ValueError, match="BM25 has no tokenizer to measure lengths with: pass measured_by"):
         LengthSimilarityEvaluator(*columns)(BM25())

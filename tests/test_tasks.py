@@ -174,6 +174,28 @@ class TestTasks:
                 evaluator.results["filler-same-middle"][72][metric], abs=1e-5
             )
 
+    def test_cosines_that_float32_rounds_give_no_score(self, minilm: str, tmp_path: Path) -> None:
+        pairs = load_pairs("sample", "test").select(range(8))
+        with (tmp_path / "test.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([row["sentence1"], row["sentence2"], 5 * row["score"]] for row in pairs)
+        # Cut at 64 tokens, it reads nothing but the filler.
+        model = st_linear.convert(minilm, max_seq_length=64)
+        task = tasks.stsb_task("STSBenchmarkFillerSameEnd128", tmp_path)()
+        with pytest.raises(ValueError, match="the cosines of all 8 pairs are 1, or differ by less than mteb can tell"):
+            mteb.evaluate(model, task, cache=None)
+
+    @pytest.mark.parametrize(
+        ("rows", "message"),
+        [
+            ("A cat,A dog,1\nA bird,A hen,2\nA cow,An ox,3\n", "scores has 3 values"),
+            ("A cat,A dog,2\n" * 5, "scores are all 0.4"),
+        ],
+    )
+    def test_scores_that_nothing_correlates_with(self, tmp_path: Path, rows: str, message: str) -> None:
+        (tmp_path / "test.csv").write_text(f"sentence1,sentence2,score\n{rows}")
+        with pytest.raises(ValueError, match=message):
+            tasks.stsb_task("STSBenchmark", tmp_path)
+
     def test_a_missing_tokenizer_says_what_to_install(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def missing() -> str:
             raise ImportError("the quickstart extra")
