@@ -407,10 +407,9 @@ class TestErrors:
             ("evaluate bert --data pairs --lengths -5", "--lengths must be positive, got -5"),
             ("evaluate bert --data pairs --lengths 0", "--lengths must be positive, got 0"),
             ("evaluate bert --data pairs --pairs-at-length 3", "pairs_at_length must be at least 4, got 3"),
-            (
-                "evaluate bert --data pairs --protocols x",
-                "unknown protocol 'x'; choose one of: repeat, ",
-            ),
+            ("evaluate bert --data pairs --lengths 24 --protocols x", "unknown protocol 'x'; choose one of: repeat, "),
+            ("evaluate bert --data pairs --lengths 24 --protocols ,", "protocols is empty: name one for lengths="),
+            ("evaluate bert --data pairs --protocols document", "--protocols document says nothing without --lengths"),
             ("evaluate bert --data pairs --lengths 24,40 --pairs-at-length 5,5,5", "has 3 entries for 2 lengths"),
             ("evaluate bert --data pairs --pairs-at-length few", "--pairs-at-length must be whole numbers"),
             ("evaluate pairs --data pairs", "'pairs' holds no model: neither modules.json nor config.json"),
