@@ -264,16 +264,7 @@ def distil(
             return record
     reset_peak_memory()
     set_seed(settings.seed)
-    model = convert(
-        base,
-        feature_map=student.feature_map,
-        feature_map_kwargs=student.feature_map_kwargs,
-        window=student.window,
-        exact_layers=student.exact_layers,
-        max_seq_length=settings.max_seq_length,
-        adapter=NO_ADAPTER,
-        seed=settings.seed,
-    )
+    model = convert_student(base, student, settings)
     _check_lengths(model, pairs, settings)
     measure = partial(evaluate_model, model, pairs.test, Settings(lengths=()), show_progress_bar=show_progress_bar)
     untrained = measure()["natural"]
@@ -355,6 +346,20 @@ def _check_lengths(model: SentenceTransformer, pairs: Pairs, settings: Settings)
         repeat_to_length(training_sentences(subset), model.tokenizer, min(settings.lengths))
 
 
+def convert_student(base: str, student: Student, settings: Settings) -> SentenceTransformer:
+    """The base model with the student's attention, untrained."""
+    return convert(
+        base,
+        feature_map=student.feature_map,
+        feature_map_kwargs=student.feature_map_kwargs,
+        window=student.window,
+        exact_layers=student.exact_layers,
+        max_seq_length=settings.max_seq_length,
+        adapter=NO_ADAPTER,
+        seed=settings.seed,
+    )
+
+
 def transfer_model(
     model: SentenceTransformer,
     student: Student,
@@ -413,14 +418,9 @@ def evaluate_model(
     test: Dataset,
     settings: Settings,
     *,
-    protocol: str = "repeat",
     show_progress_bar: bool = True,
 ) -> dict[str, dict[str, Any]]:
-    """Figures on the test pairs: all at ``"natural"`` length, an evenly spaced subset at each of ``lengths``.
-
-    A protocol brings the texts to these lengths, see :func:`~st_linear.protocols.lengthen`; it draws with the
-    settings' seed.
-    """
+    """Figures on the test pairs: all at ``"natural"`` length, some, evenly spaced, repeated to each of ``lengths``."""
     results = _evaluate_lengths(model, test, (None,), show_progress_bar)
     if settings.head == "dse":
         scores = PairScorer(model).predict(
@@ -429,7 +429,7 @@ def evaluate_model(
         results[None] |= correlation(np.asarray(scores), test["score"]).as_dict()
     if settings.lengths:
         subset = _some_pairs(test, settings.pairs_at_length)
-        results |= _evaluate_lengths(model, subset, settings.lengths, show_progress_bar, protocol, settings.seed)
+        results |= _evaluate_lengths(model, subset, settings.lengths, show_progress_bar)
     return {"natural" if length is None else str(length): figures for length, figures in results.items()}
 
 
@@ -442,21 +442,17 @@ def _evaluate_lengths(
     pairs: Dataset,
     lengths: Sequence[int | None],
     show_progress_bar: bool,
-    protocol: str = "repeat",
-    seed: int = 0,
 ) -> dict[int | None, dict[str, Any]]:
     evaluator = LengthSimilarityEvaluator(
         pairs["sentence1"],
         pairs["sentence2"],
         pairs["score"],
         lengths=lengths,
-        protocols=(protocol,),
-        seed=seed,
         show_progress_bar=show_progress_bar,
         write_csv=False,
     )
     evaluator(model)
-    return {**evaluator.results.get(NATURAL, {}), **evaluator.results.get(protocol, {})}
+    return {**evaluator.results.get(NATURAL, {}), **evaluator.results.get("repeat", {})}
 
 
 def _train(

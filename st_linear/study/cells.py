@@ -21,12 +21,11 @@ from safetensors.torch import save_model as save_weights
 from sentence_transformers import SentenceTransformer
 from transformers import TrainerCallback, set_seed
 
-from st_linear.adapters import NO_ADAPTER
 from st_linear.benchmarks.timing import is_out_of_memory, return_free_heap
 from st_linear.data import token_counts, training_sentences
-from st_linear.models import convert, save_model
+from st_linear.models import save_model
 from st_linear.protocols import lengthen
-from st_linear.recipe import evaluate_model, long_texts, transfer_model
+from st_linear.recipe import convert_student, evaluate_model, long_texts, transfer_model
 from st_linear.records import (
     as_json,
     atomic_path,
@@ -173,15 +172,7 @@ def run_cell(
     with _threads(study.threads):
         set_seed(cell.seed)
         student = cell.student()
-        model = convert(
-            job.inputs.base,
-            feature_map=student.feature_map,
-            feature_map_kwargs=student.feature_map_kwargs,
-            window=student.window,
-            max_seq_length=settings.max_seq_length,
-            adapter=NO_ADAPTER,
-            seed=cell.seed,
-        )
+        model = convert_student(job.inputs.base, student, settings)
         stages = {name: _Stage(folder, name, is_main) for name in ("transferred", "trained")}
         checkpoint = last_whole_checkpoint(folder / "trainer", clean=is_main)
         # Processes that train together must have seen the same before one of them writes.
