@@ -171,25 +171,33 @@ def export_adapter(encoder: Any, folder: str | Path) -> None:
     if not added:
         raise ValueError("the model has no linear attention, and so no adapter: convert it first")
     tensors = {
-        name: tensor.to(torch.float16 if _is_matrix(tensor) else torch.float32).contiguous()
-        for name, tensor in added.items()
+        name: tensor.to(torch.float16 if _is_matrix(tensor) else torch.float32) for name, tensor in added.items()
     }
+    write_adapter(encoder, folder, tensors)
+
+
+def write_adapter(
+    encoder: Any, folder: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write the two files of an adapter.
+
+    Args:
+        encoder: The first module of a converted model.
+        folder: Where; made if it is not there.
+        tensors: What its linear attention has of its own.
+        metadata: To be kept beside the tensors.
+    """
     with atomic_path(Path(folder) / WEIGHTS_NAME) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
-    config = describe(encoder.model, encoder.get_config_dict(), encoder.base_encoder, encoder.training_record)
-    write_json(Path(folder) / CONFIG_NAME, config)
-
-
-def describe(
-    model: nn.Module, settings: dict[str, Any], base: dict[str, Any], training: dict[str, Any]
-) -> dict[str, Any]:
-    """What :data:`CONFIG_NAME` says of a model's linear attention; arguments as the attributes of :class:`Adapter`."""
-    return {
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, temporary, metadata={"format": "pt", **(metadata or {})})
+    settings = encoder.get_config_dict()
+    config = {
         "version": FORMAT_VERSION,
         "settings": {name: settings[name] for name in SETTINGS},
-        "training": training,
-        "base": {**base, "fingerprint": fingerprint(model)},
+        "training": encoder.training_record,
+        "base": {**encoder.base_encoder, "fingerprint": fingerprint(encoder.model)},
     }
+    write_json(Path(folder) / CONFIG_NAME, config)
 
 
 def _is_matrix(tensor: Tensor) -> bool:

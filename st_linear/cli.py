@@ -10,7 +10,7 @@ import shutil
 import sys
 import traceback
 from contextlib import redirect_stdout
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -91,6 +91,7 @@ def quickstart(
 
     Example: `st-linear quickstart --data path/to/stsb --teacher-scores path/to/stsb/teacher`
     """
+    from st_linear import tables
     from st_linear.plots import plot_learning_curves, plot_pearson_by_length
     from st_linear.recipe import Pairs, base_name, distil, prepare_teacher
     from st_linear.records import environment, write_json, write_text
@@ -130,8 +131,8 @@ def quickstart(
     plot_learning_curves({name: record["curve"] for name, record in records.items()}, output / "learning.svg")
     by_length = {name: _by_length(record["final"]) for name, record in records.items()}
     plot_pearson_by_length(by_length, output / "lengths.svg")
-    table = _comparison(result)
-    write_text(output / "table.md", _markdown(table))
+    table = tables.distilled(result)
+    write_text(output / "table.md", tables.as_markdown(table))
     _warn_of_weak_teacher(taught, records.values())
     _show(table, result, as_json)
     _say(f"Models, record.json, table.md, learning.svg and lengths.svg are in {output}")
@@ -204,7 +205,7 @@ def convert(
     Example: `st-linear convert BAAI/bge-small-en-v1.5 bge-small-linear --texts my-texts`
     """
     import st_linear
-    from st_linear import adapters, transfer
+    from st_linear import adapters, tables, transfer
     from st_linear.conversion import linear_attentions
     from st_linear.data import load_texts
     from st_linear.models import check_model_folder, save_model
@@ -251,7 +252,7 @@ def convert(
         "converted_layers": len(linear_attentions(converted)),
         "parameters": sum(parameter.numel() for parameter in converted.parameters()),
     }
-    table = _two_columns(f"Converted {model}", result)
+    table = tables.two_columns(f"Converted {model}", result)
     checking = {}
     if other_texts is not None:
         lengths = _lengths("512,2048,8192" if check_lengths is None else check_lengths)
@@ -274,8 +275,7 @@ def convert(
     shutil.rmtree(checkpoints, ignore_errors=True)
     if export_adapter is not None:
         adapters.export_adapter(encoder, export_adapter)
-    for title, figures in _fidelity_of(result).items():
-        _add_fidelity(table, title, figures)
+    tables.add_fidelity(table, result)
     _show(table, result, as_json)
     _say(f'Load it with st_linear.load("{output}"), or SentenceTransformer("{output}", trust_remote_code=True)')
 
@@ -328,6 +328,7 @@ def distill(
     Example: `st-linear distill sentence-transformers/all-MiniLM-L6-v2 out --data sentence-transformers/stsb --teacher
     cross-encoder/stsb-roberta-large --students softmax,hedgehog@64,hedgehog --mine 13000 --seeds 0,1,2,3,4`
     """
+    from st_linear import tables
     from st_linear.plots import plot_learning_curves
     from st_linear.recipe import Pairs, base_name, distil, mean_curve, over_seeds, prepare_teacher
     from st_linear.records import environment, write_json, write_text
@@ -384,8 +385,8 @@ def distill(
         "environment": environment(),
     }
     write_json(output / "record.json", result)
-    table = _over_seeds(result)
-    write_text(output / "table.md", _markdown(table))
+    table = tables.distilled_over_seeds(result)
+    write_text(output / "table.md", tables.as_markdown(table))
     if taught is not None:
         _warn_of_weak_teacher(taught, [made[0] for made in records.values()])
     _show(table, result, as_json)
@@ -426,7 +427,7 @@ def evaluate(
     Example: `st-linear evaluate sentence-transformers/all-MiniLM-L6-v2 my-model --data sentence-transformers/stsb
     --lengths 512,2048 --protocols repeat,document --references --output runs/evaluation`
     """
-    from st_linear import load
+    from st_linear import load, tables
     from st_linear.data import load_pairs, source_name
     from st_linear.grid import Grid, evaluate_grid
     from st_linear.pair_head import find_dse_head
@@ -480,9 +481,9 @@ def evaluate(
     title = f"{split} of {source_name(data)}"
     if output is not None:
         write_json(output / "record.json", result)
-        write_text(output / "table.md", _markdown(_side_by_side(figures, title)))
+        write_text(output / "table.md", tables.as_markdown(tables.side_by_side(figures, title)))
         _say(f"record.json, table.md and pearson.svg are in {output}")
-    _show(_grid_table(figures, title), result, as_json)
+    _show(tables.grids(figures, title), result, as_json)
 
 
 study = typer.Typer(
@@ -520,6 +521,7 @@ def study_run(
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     _need_study()
+    from st_linear import tables
     from st_linear.study.config import read_study
     from st_linear.study.report import write_report
     from st_linear.study.runner import run
@@ -553,7 +555,7 @@ def study_run(
         "report": None if report is None else str(report),
     }
     counts = {key: len(result[key] or ()) for key in ("finished", "failed", "unfinished")}
-    _show(_two_columns(asked.name, {**counts, "report": result["report"]}), result, as_json)
+    _show(tables.two_columns(asked.name, {**counts, "report": result["report"]}), result, as_json)
     if made.failed:
         raise typer.Exit(1)
 
@@ -568,12 +570,13 @@ def study_report(
     Example: `st-linear study report runs/study`
     """
     _need_study()
+    from st_linear import tables
     from st_linear.records import read_json
     from st_linear.study.report import write_report
 
     report = write_report(folder)
     result = {"report": str(report), "summary": read_json(report.with_name("summary.json"))}
-    _show(_two_columns(result["summary"]["name"], {"report": result["report"]}), result, as_json)
+    _show(tables.two_columns(result["summary"]["name"], {"report": result["report"]}), result, as_json)
 
 
 @app.command(cls=_Command)
@@ -748,9 +751,11 @@ def mteb(
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: one-line errors; exit code 0, 1 (failed) or 2 (bad input)."""
+    from st_linear.quiet import quieten_libraries
+
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments
-    _quieten_libraries()
+    quieten_libraries()
     try:
         code = app(args=[a for a in arguments if a != "--debug"] or ["--help"], standalone_mode=False)
     except Exception as error:
@@ -776,18 +781,6 @@ def _one_line(error: Exception) -> str:
 
     message = getattr(error, "format_message", error.__str__)()
     return escape(" ".join(message.split()) or type(error).__name__)
-
-
-def _quieten_libraries() -> None:
-    """Leave the screen to progress bars and to what the commands say."""
-    from huggingface_hub.utils import enable_progress_bars
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    # This turns off the hub's bars as well, and a download takes long.
-    transformers_logging.disable_progress_bar()
-    enable_progress_bars()
-    logging.getLogger("sentence_transformers").setLevel(logging.WARNING)
 
 
 def _need_study() -> None:
@@ -904,133 +897,6 @@ def _warn_of_weak_teacher(teacher: Any, records: Any) -> None:
             _say(f"[yellow]Warning:[/yellow] {line}. A teacher that is no better than its student teaches nothing.")
         else:
             _say(line)
-
-
-def _comparison(result: dict[str, Any]) -> Table:
-    table = _figures_table(f"Test of {result['data']}")
-    if result["teacher"] is not None:
-        _add_rows(table, "teacher", {"natural": result["teacher"]["figures"]["test"]})
-    for name, record in result["students"].items():
-        _add_rows(table, f"{name}, untrained", {"natural": record["untrained"]})
-        _add_rows(table, name, record["final"])
-    return table
-
-
-def _over_seeds(result: dict[str, Any]) -> Table:
-    """Means over seeds; with one seed, its figures without an interval."""
-    table = Table(title=f"Test of {result['data']}", caption="× 100, with 95 % intervals over seeds")
-    for column in ("student", "stage", "seeds", "Pearson", "Spearman", "Pearson − softmax student's", "of teacher's"):
-        table.add_column(column, justify="left" if column in ("student", "stage") else "right")
-    taught = None
-    if result["teacher"] is not None:
-        figures = result["teacher"]["figures"]["test"]
-        taught = figures["pearson"]
-        table.add_row("teacher", "–", "–", *(f"{100 * figures[key]:.2f}" for key in ("pearson", "spearman")), "–", "–")
-    for name, stages in result["summary"].items():
-        for stage, means in stages.items():
-            cells = [
-                _mean(means[key], sign=key == "minus_control") for key in ("pearson", "spearman", "minus_control")
-            ]
-            trained = stage == "natural" and taught is not None
-            pearson = means["pearson"]
-            share = f"{pearson['mean'] / taught:.1%}" if trained and taught and pearson else "–"
-            table.add_row(name, stage, str(pearson["n"]) if pearson else "–", *cells, share)
-    return table
-
-
-def _mean(mean: dict[str, Any] | None, sign: bool = False) -> str:
-    if mean is None:
-        return "–"
-    form = "+.2f" if sign else ".2f"
-    value = f"{100 * mean['mean']:{form}}"
-    return value if mean["low"] is None else f"{value} [{100 * mean['low']:{form}}, {100 * mean['high']:{form}}]"
-
-
-def _figures_table(title: str, *columns: str) -> Table:
-    """A table that :func:`_add_rows` fills; ``columns`` stand between the model and the length."""
-    table = Table(title=title, caption="Pearson and Spearman × 100, with 95 % intervals")
-    for column in ("model", *columns, "length", "tokens read", "cut", "pairs", "Pearson", "Spearman"):
-        table.add_column(column, justify="left" if column in ("model", *columns) else "right")
-    return table
-
-
-def _add_rows(table: Table, name: str, final: dict[str, Any], *cells: str) -> None:
-    for length, figures in final.items():
-        # A teacher's scores come without the texts they are of.
-        read = f"{figures['mean_tokens']:,.0f}" if "mean_tokens" in figures else "–"
-        cut = f"{figures['truncated']:.0%}" if "truncated" in figures else "–"
-        table.add_row(name, *cells, length, read, cut, str(figures["n"]), *_correlations(figures))
-
-
-def _correlations(figures: dict[str, Any]) -> tuple[str, ...]:
-    """Pearson and Spearman, as printed."""
-    from st_linear.evaluation import METRICS, Correlation, report_correlation
-
-    if figures.get("undefined"):
-        return f"undefined: {figures['undefined']}", "–"
-    found = Correlation(**{field.name: figures[field.name] for field in fields(Correlation)})
-    return tuple(report_correlation(metric, found) for metric in METRICS)
-
-
-def _grid_table(models: dict[str, dict[str, Any]], title: str) -> Table:
-    """All figures, a row for each model and cell."""
-    from st_linear.evaluation import NATURAL
-
-    table = _figures_table(title, "protocol")
-    for name, grid in models.items():
-        for protocol, figures in grid.items():
-            by_length = {NATURAL: figures} if protocol == NATURAL else figures
-            _add_rows(table, name, by_length, "–" if protocol == NATURAL else protocol)
-    return table
-
-
-def _side_by_side(models: dict[str, dict[str, Any]], title: str) -> Table:
-    """Pearson alone, a row for each cell and a column for each model."""
-    from st_linear.evaluation import NATURAL
-
-    table = Table(title=title)
-    for column in ("protocol", "length", "pairs", *models):
-        table.add_column(column)
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
-    for name, grid in models.items():
-        for protocol, figures in grid.items():
-            for length, some in ({NATURAL: figures} if protocol == NATURAL else figures).items():
-                rows.setdefault(("–" if protocol == NATURAL else protocol, length), {})[name] = some
-    for cell, by_model in rows.items():
-        pairs = str(next(iter(by_model.values()))["n"])
-        figures_of = (by_model.get(name) for name in models)
-        table.add_row(*cell, pairs, *("–" if some is None else _correlations(some)[0] for some in figures_of))
-    return table
-
-
-def _fidelity_of(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """What is known of a conversion's fidelity, by title."""
-    held_out = result.get("training", {}).get("held_out", {})
-    titles = {"before": "held-out texts, before", "after": "held-out texts, after"}
-    found = {titles[key]: figures for key, figures in held_out.items()}
-    return {**found, "other texts": result["fidelity"]["figures"]} if "fidelity" in result else found
-
-
-def _add_fidelity(table: Table, title: str, figures: dict[str, dict[str, float]]) -> None:
-    for length, some in figures.items():
-        cells = [f"cosine {some['cosine']:.4f} (5 % below {some['cosine_p5']:.4f})"]
-        cells += [f"tokens {some['token_cosine']:.4f}"]
-        cells += [f"{key.replace('_', ' ')} {some[key]:.1%}" for key in some if key.startswith("neighbours")]
-        table.add_row(f"{title}, {int(length):,} tokens × {some['n']:.0f}", " · ".join(cells))
-
-
-def _two_columns(title: str, values: dict[str, Any]) -> Table:
-    table = Table(title=title, show_header=False)
-    for key, value in values.items():
-        table.add_row(key, str(value))
-    return table
-
-
-def _markdown(table: Table) -> str:
-    cells = [[str(cell) for cell in column.cells] for column in table.columns]
-    header = [str(column.header) for column in table.columns]
-    lines = [header, ["---"] * len(header), *zip(*cells)]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def _show(table: Table, result: dict[str, Any], as_json: bool) -> None:

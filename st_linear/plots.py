@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,8 +61,7 @@ def plot_pearson_by_length(results: dict[str, dict[int | None, dict[str, Any]]],
         ImportError: If matplotlib is not installed.
     """
     figure, axes = new_figure(path)
-    _draw_lengths(axes, "results", results, cut_where_read=True)
-    axes.set_xlabel("tokens per text")
+    length_axis(axes, _draw_lengths(axes, "results", results, cut_where_read=True), "tokens per text")
     axes.set_ylabel("Pearson × 100")
     axes.set_title("The same texts, longer: the flatter, the better (bars: 95 % intervals)", loc="left")
     _save(figure, axes, path)
@@ -96,7 +95,7 @@ def plot_pearson_by_protocol(
         ticks |= _draw_lengths(axes, f"results[{protocol!r}]", by_model, cut_where_read=False)
         axes.set_title(protocol, loc="left", fontsize="medium")
     # The panels share their axes, and a panel may lack a length where nothing is defined.
-    panels[0].set_xticks(_apart(sorted(ticks)))
+    length_axis(panels[0], ticks)
     for axes in panels[len(results) :]:
         axes.remove()
     for axes in panels[max(0, len(results) - columns) : len(results)]:
@@ -105,7 +104,7 @@ def plot_pearson_by_protocol(
     figure.supylabel("Pearson × 100")
     handles = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels())}
     figure.legend(handles.values(), handles.keys(), frameon=False, loc="outside right upper")
-    _write(figure, path)
+    write_figure(figure, path)
 
 
 def _draw_lengths(
@@ -149,10 +148,6 @@ def _draw_lengths(
                 capsize=3,
                 **_line(index),
             )
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(_apart(sorted(ticks)))
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.minorticks_off()
     return ticks
 
 
@@ -178,6 +173,22 @@ def new_figure(path: str | Path, size: tuple[float, float] = (8, 4.8)) -> tuple[
     axes = figure.add_subplot()
     _style(axes)
     return figure, axes
+
+
+def length_axis(axes: Axes, lengths: Iterable[int], label: str = "") -> None:
+    """
+    Lay numbers of tokens out by powers of two.
+
+    Args:
+        axes: The axes.
+        lengths: Numbers of tokens to be named below the axis, those left out whose names would run into one another.
+        label: Of the axis.
+    """
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(_apart(sorted(set(lengths))))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.minorticks_off()
+    axes.set_xlabel(label)
 
 
 def _style(axes: Axes) -> None:
@@ -224,15 +235,22 @@ def _apart(ticks: Sequence[int]) -> list[int]:
 
 def _save(figure: Figure, axes: Axes, path: str | Path) -> None:
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    _write(figure, path)
+    write_figure(figure, path)
 
 
-def _write(figure: Figure, path: str | Path) -> None:
+def write_figure(figure: Figure, path: str | Path, dpi: int = 150) -> None:
+    """
+    Write a figure, atomically; the same figures give the same picture.
+
+    Args:
+        figure: The figure.
+        path: A ``.svg`` or ``.png`` file.
+        dpi: Pixels per inch of a ``.png``.
+    """
     suffix = Path(path).suffix.lower()[1:]
-    # Without a date, the same figures give the same picture.
     metadata = {"Date": None} if suffix == "svg" else None
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, format=suffix, dpi=150, metadata=metadata)
+        figure.savefig(temporary, format=suffix, dpi=dpi, metadata=metadata)
 
 
 def plot_speed(speed: dict[str, dict[str, dict[str, float]]], path: str | Path, *, baseline: str) -> None:
@@ -263,10 +281,7 @@ def plot_speed(speed: dict[str, dict[str, dict[str, float]]], path: str | Path, 
         style = _line(index) if numbers else {**_line(index), "linestyle": "none"}
         axes.errorbar(x, median, yerr=bars, label=model, capsize=3, **style)
     if numbers:
-        axes.set_xscale("log", base=2)
-        ticks = _apart(sorted(int(place) for place in places))
-        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-        axes.set_xlabel("tokens per text")
+        length_axis(axes, map(int, places), "tokens per text")
     else:
         axes.set_xticks(range(len(places)), places)
         axes.margins(x=0.1)

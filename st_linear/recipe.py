@@ -426,7 +426,8 @@ def evaluate_model(
         scores = PairScorer(model).predict(
             list(zip(test["sentence1"], test["sentence2"])), show_progress_bar=show_progress_bar
         )
-        results[None] |= correlation(np.asarray(scores), test["score"]).as_dict()
+        # Of the cosines there may have been none.
+        results[None] |= {**correlation(np.asarray(scores), test["score"]).as_dict(), "undefined": None}
     if settings.lengths:
         subset = _some_pairs(test, settings.pairs_at_length)
         results |= _evaluate_lengths(model, subset, settings.lengths, show_progress_bar)

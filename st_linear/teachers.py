@@ -158,23 +158,8 @@ def read_teacher_scores(
         FileNotFoundError: If the file is missing.
         ValueError: If the column is missing, or a value is no finite number.
     """
-    path = Path(folder) / f"{split}.csv"
-    if not path.is_file():
-        raise FileNotFoundError(f"no teacher scores for {split}: {path} is missing")
-    column = _SCORE_COLUMNS[activation]
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = csv.DictReader(file)
-        if column not in (rows.fieldnames or []):
-            raise ValueError(f"{path} has no column {column!r}; its columns: {', '.join(rows.fieldnames or [])}")
-        scores = []
-        for number, row in enumerate(rows, start=2):
-            try:
-                scores.append(float(row[column]))
-            except (TypeError, ValueError):
-                raise ValueError(f"{path}, line {number}: {row[column]!r} is no number") from None
-    if not np.isfinite(scores).all():
-        raise ValueError(f"{path} holds NaN or inf scores")
-    return scores
+    path, rows = _read_rows(folder, split, _SCORE_COLUMNS[activation])
+    return _scores_of(rows, path, activation)
 
 
 def read_mined_pairs(folder: str | os.PathLike[str], *, activation: TeacherActivation = "sigmoid") -> Dataset:
@@ -193,20 +178,9 @@ def read_mined_pairs(folder: str | os.PathLike[str], *, activation: TeacherActiv
         FileNotFoundError: If the file is missing.
         ValueError: If a column is missing, or a score is no finite number.
     """
-    scores = read_teacher_scores(folder, "mined", activation=activation)
-    path = Path(folder) / "mined.csv"
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    for column in ("sentence1", "sentence2"):
-        if rows and column not in rows[0]:
-            raise ValueError(f"{path} has no column {column!r}; its columns: {', '.join(rows[0])}")
-    return Dataset.from_dict(
-        {
-            "sentence1": [row["sentence1"] for row in rows],
-            "sentence2": [row["sentence2"] for row in rows],
-            "score": scores,
-        }
-    )
+    path, rows = _read_rows(folder, "mined", "sentence1", "sentence2", _SCORE_COLUMNS[activation])
+    sentences = {column: [row[column] for row in rows] for column in ("sentence1", "sentence2")}
+    return Dataset.from_dict({**sentences, "score": _scores_of(rows, path, activation)})
 
 
 def train_teacher(
@@ -260,6 +234,32 @@ def train_teacher(
     ).train()
     teacher.save_pretrained(str(output_path))
     return teacher
+
+
+def _read_rows(folder: str | os.PathLike[str], split: str, *columns: str) -> tuple[Path, list[dict[str, str]]]:
+    """A score file and its rows, all of which have ``columns``."""
+    path = Path(folder) / f"{split}.csv"
+    if not path.is_file():
+        raise FileNotFoundError(f"no teacher scores for {split}: {path} is missing")
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        found = reader.fieldnames or []
+        for column in columns:
+            if column not in found:
+                raise ValueError(f"{path} has no column {column!r}; its columns: {', '.join(found)}")
+        return path, list(reader)
+
+
+def _scores_of(rows: list[dict[str, str]], path: Path, activation: TeacherActivation) -> list[float]:
+    column, scores = _SCORE_COLUMNS[activation], []
+    for number, row in enumerate(rows, start=2):
+        try:
+            scores.append(float(row[column]))
+        except (TypeError, ValueError):
+            raise ValueError(f"{path}, line {number}: {row[column]!r} is no number") from None
+    if not np.isfinite(scores).all():
+        raise ValueError(f"{path} holds NaN or inf scores")
+    return scores
 
 
 def _cache_folder(folder: str | os.PathLike[str] | None) -> Path:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.base.modules.transformer import ProcessingKwargs
@@ -20,7 +18,7 @@ from sentence_transformers.util import load_file_path
 from torch import Tensor
 from transformers import DataCollatorWithFlattening, PreTrainedModel
 
-from st_linear.adapters import CONFIG_NAME, NO_ADAPTER, WEIGHTS_NAME, Adapter, bundled_adapter_for, describe
+from st_linear.adapters import CONFIG_NAME, NO_ADAPTER, WEIGHTS_NAME, Adapter, bundled_adapter_for, write_adapter
 from st_linear.adapters import SETTINGS as ADAPTER_SETTINGS
 from st_linear.checkpoints import (
     hub_kwargs_of,
@@ -48,7 +46,6 @@ from st_linear.positions import (
     rescaled_positions,
     trained_positions,
 )
-from st_linear.records import atomic_path, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -359,11 +356,7 @@ class LinearTransformer(Transformer):
         plain, added = split_state_dict(self.model)
         self.model.save_pretrained(output_path, state_dict=plain)
         self.processor.save_pretrained(output_path)
-        added = {name: tensor.contiguous() for name, tensor in added.items()}
-        with atomic_path(os.path.join(output_path, WEIGHTS_NAME)) as temporary:
-            save_file(added, temporary, metadata={"format": "pt", **self._kernel_settings()})
-        config = describe(self.model, self.get_config_dict(), self.base_encoder, self.training_record)
-        write_json(os.path.join(output_path, CONFIG_NAME), config)
+        write_adapter(self, output_path, added, self._kernel_settings())
         self.save_config(output_path)
 
     @classmethod

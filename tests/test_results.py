@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from st_linear import cli
+from st_linear import tables
 from st_linear.benchmarks import report
 
 ROOT = Path(__file__).parents[1]
@@ -28,7 +28,7 @@ def swaps() -> dict[str, dict[str, Any]]:
 
 def test_the_table_of_students_is_made_from_the_record(readme: str) -> None:
     record = json.loads((RESULTS / "stsb" / "record.json").read_text(encoding="utf-8"))
-    table = cli._markdown(cli._comparison(record))
+    table = tables.as_markdown(tables.distilled(record))
     assert (RESULTS / "stsb" / "table.md").read_text(encoding="utf-8") == table
     assert table in readme
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
+from st_linear import tables
 from st_linear.plots import plot_speed
 from st_linear.records import write_text
 
@@ -76,10 +77,7 @@ def table(record: dict[str, Any]) -> Table:
 
 def markdown(record: dict[str, Any]) -> str:
     """The record's table in Markdown, with a line on what it shows above and below it."""
-    header, lines = rows(record)
-    body = [header, ["---"] * len(header), *lines]
-    text = "".join("| " + " | ".join(line) + " |\n" for line in body)
-    return f"{_title(record)}\n\n{text}\n{_caption(record)}\n"
+    return f"{_title(record)}\n\n{tables.markdown(*rows(record))}\n{_caption(record)}\n"
 
 
 def write_report(record: dict[str, Any], folder: Path, name: str) -> None:

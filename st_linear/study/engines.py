@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
 import os
 import threading
@@ -17,6 +16,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from filelock import Timeout
 
+from st_linear.quiet import quieten_libraries
 from st_linear.study.cells import Job, OnStep, Outcome, attempt, finish, record_failure, run_cell
 from st_linear.study.config import Cell
 
@@ -99,7 +99,7 @@ def _context() -> Any:
 
 def _child(sender: Connection, cell: Cell, job: Job, deadline: float | None) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    quieten()
+    quieten_libraries()
     reported = 0.0
 
     def on_step(step: int, steps: int) -> None:
@@ -112,15 +112,6 @@ def _child(sender: Connection, cell: Cell, job: Job, deadline: float | None) -> 
     with open(os.devnull, "w") as void, redirect_stderr(void):
         sender.send(attempt(cell, job, on_step, deadline))
     sender.close()
-
-
-def quieten() -> None:
-    """Leave the screen to the process that runs the study."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    logging.getLogger("sentence_transformers").setLevel(logging.WARNING)
 
 
 def _end_with_parent() -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from st_linear.evaluation import Mean
-from st_linear.plots import new_figure
-from st_linear.records import atomic_path
+from st_linear.plots import length_axis, new_figure, write_figure
 from st_linear.study.statistics import Group, Records
 
 if TYPE_CHECKING:
@@ -88,7 +87,7 @@ class _Artist:
                 groups = self.of(protocol, student=student)
                 points = [(g["length"], _scaled(g["read"][str(g["length"])]["pearson"], 100)) for g in groups]
                 self._line(axes, student, points)
-            _length_axis(axes, [g["length"] for g in self.of(protocol)], "tokens of the training texts")
+            length_axis(axes, [g["length"] for g in self.of(protocol)], "tokens of the training texts")
             axes.set_ylabel("Pearson × 100 on test")
 
         caption = "Final Pearson on test, read at the training length; bars are 95 % intervals over seeds."
@@ -117,7 +116,7 @@ class _Artist:
                     if amount is not None and amount["mean"] is not None:
                         points.append((group["length"], amount))
                 self._line(axes, student, points)
-            _length_axis(axes, [g["length"] for g in self.of(protocol)], "tokens of the training texts")
+            length_axis(axes, [g["length"] for g in self.of(protocol)], "tokens of the training texts")
             axes.set_yscale("symlog", linthresh=1)
             # Room below 0, which is a point like any other here.
             axes.set_ylim(-0.3, max(1.5, axes.get_ylim()[1]))
@@ -146,7 +145,7 @@ class _Artist:
                     ]
                     places.update(int(place) for place, _ in points)
                     self._line(axes, student, sorted(points, key=lambda point: point[0]))
-            _length_axis(axes, places, "tokens of the texts that are read")
+            length_axis(axes, places, "tokens of the texts that are read")
             axes.set_ylabel("Pearson × 100 on test")
 
         caption = f"Trained at {length:,} tokens, read at others; bars are 95 % intervals over seeds."
@@ -169,7 +168,7 @@ class _Artist:
                 places.update(round(place) for place, _ in points)
                 self._line(axes, student, points)
             of = "training texts" if what == "training" else "texts that are read"
-            _length_axis(axes, places, f"tokens of the {of}")
+            length_axis(axes, places, f"tokens of the {of}")
             axes.set_ylim(bottom=0)
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
             axes.set_ylabel(unit)
@@ -254,10 +253,7 @@ class _Artist:
                     handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=8, handlelength=2.6
                 )
             for suffix in ("svg", "png"):
-                with atomic_path(self.folder / f"{name}.{suffix}") as path:
-                    # Without a date, the same figures give the same picture.
-                    metadata = {"Date": None} if suffix == "svg" else None
-                    figure.savefig(path, format=suffix, dpi=200, metadata=metadata)
+                write_figure(figure, self.folder / f"{name}.{suffix}", dpi=200)
         return Panel(name, section, caption)
 
 
@@ -275,11 +271,3 @@ def _mean_curve(
 
 def _scaled(figures: dict[str, Any], factor: float) -> dict[str, Any]:
     return {key: None if figures[key] is None else factor * figures[key] for key in ("mean", "low", "high")}
-
-
-def _length_axis(axes: Axes, lengths: Sequence[int] | set[int], label: str) -> None:
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(sorted(set(lengths)))
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.minorticks_off()
-    axes.set_xlabel(label)

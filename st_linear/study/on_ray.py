@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from st_linear.quiet import quieten_libraries
 from st_linear.study.cells import Job, Outcome, attempt, record_failure
 from st_linear.study.config import Cell
-from st_linear.study.engines import quieten
 
 
 def run_on_ray(cells: Sequence[Cell], job: Job, deadline: float | None) -> Iterator[tuple[Cell, Outcome]]:
@@ -57,7 +57,7 @@ def check_ray() -> None:
 
 
 def _attempt(cell: Cell, job: Job, deadline: float | None) -> Outcome:
-    quieten()
+    quieten_libraries()
     return attempt(cell, job, deadline=deadline)
 
 
