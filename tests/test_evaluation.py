@@ -4,6 +4,7 @@ import csv
 import logging
 import math
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -297,32 +298,46 @@ def test_a_text_longer_than_a_length_is_refused(model: SentenceTransformer, pair
         LengthSimilarityEvaluator(*pairs, lengths=(4,))(model)
 
 
-def test_the_trainer_selects_by_it(model: SentenceTransformer, pairs: tuple, tmp_path: Path) -> None:
-    dataset = datasets.Dataset.from_dict(dict(zip(("sentence1", "sentence2", "score"), pairs)))
-    trainer = SentenceTransformerTrainer(
+def trainer_of(
+    model: SentenceTransformer,
+    columns: dict[str, Any],
+    evaluator: LengthSimilarityEvaluator,
+    output: Path,
+    metric: str,
+    every: int,
+    **arguments: Any,
+) -> SentenceTransformerTrainer:
+    """One that evaluates and saves every so many steps, and loads the best checkpoint by a metric."""
+    return SentenceTransformerTrainer(
         model=model,
         args=SentenceTransformerTrainingArguments(
-            output_dir=str(tmp_path),
-            max_steps=2,
-            per_device_train_batch_size=4,
+            output_dir=str(output),
             eval_strategy="steps",
-            eval_steps=1,
+            eval_steps=every,
             save_strategy="steps",
-            save_steps=1,
+            save_steps=every,
             load_best_model_at_end=True,
-            metric_for_best_model="eval_sts_pearson_cosine",
+            metric_for_best_model=metric,
             report_to=[],
             use_cpu=True,
             disable_tqdm=True,
+            **arguments,
         ),
-        train_dataset=dataset,
+        train_dataset=datasets.Dataset.from_dict(columns),
         loss=CosineSimilarityLoss(model),
-        evaluator=LengthSimilarityEvaluator(*pairs, lengths=(None, 32), main_metric="pearson", name="sts"),
+        evaluator=evaluator,
     )
+
+
+def test_the_trainer_selects_by_it(model: SentenceTransformer, pairs: tuple, tmp_path: Path) -> None:
+    columns = dict(zip(("sentence1", "sentence2", "score"), pairs))
+    evaluator = LengthSimilarityEvaluator(*pairs, lengths=(None, 32), main_metric="pearson", name="sts")
+    metric = "eval_sts_pearson_cosine"
+    trainer = trainer_of(model, columns, evaluator, tmp_path, metric, 1, max_steps=2, per_device_train_batch_size=4)
     trainer.train()
     logged = [entry for entry in trainer.state.log_history if "eval_sts_repeat_32_spearman_cosine" in entry]
     assert [entry["step"] for entry in logged] == [1, 2]
-    assert trainer.state.best_metric == max(entry["eval_sts_pearson_cosine"] for entry in logged)
+    assert trainer.state.best_metric == max(entry[metric] for entry in logged)
     assert len((tmp_path / "eval" / "length_similarity_evaluation_sts_results.csv").read_text().splitlines()) == 5
 
 
@@ -335,29 +350,11 @@ def test_the_trainer_keeps_the_best_checkpoint_by_pearson_at_a_length(
     columns = dict(zip(("sentence1", "sentence2", "score"), pairs))
     # Learning the opposite of the labels, the first checkpoint is the best.
     wrong = {**columns, "score": [1 - score for score in columns["score"]]}
-    trainer = SentenceTransformerTrainer(
-        model=model,
-        args=SentenceTransformerTrainingArguments(
-            output_dir=str(tmp_path),
-            max_steps=6,
-            per_device_train_batch_size=12,
-            learning_rate=3e-2,
-            eval_strategy="steps",
-            eval_steps=2,
-            save_strategy="steps",
-            save_steps=2,
-            load_best_model_at_end=True,
-            metric_for_best_model="eval_sts_filler-same-end_48_pearson_cosine",
-            report_to=[],
-            use_cpu=True,
-            disable_tqdm=True,
-        ),
-        train_dataset=datasets.Dataset.from_dict(wrong),
-        loss=CosineSimilarityLoss(model),
-        evaluator=evaluator,
+    key = "eval_sts_filler-same-end_48_pearson_cosine"
+    trainer = trainer_of(
+        model, wrong, evaluator, tmp_path, key, 2, max_steps=6, per_device_train_batch_size=12, learning_rate=3e-2
     )
     trainer.train()
-    key = "eval_sts_filler-same-end_48_pearson_cosine"
     logged = {entry["step"]: entry[key] for entry in trainer.state.log_history if key in entry}
     best = max(logged, key=logged.__getitem__)
     assert len(logged) == 3
