@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito (2008), which colour-blind readers can tell apart, without the yellow that fades on white.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+# Okabe and Ito (2008), which colour-blind readers can tell apart, grey in the place of the yellow that fades on white.
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")
 _MARKERS = ("o", "s", "^", "D", "v")
 _SUFFIXES = (".svg", ".png")
 _PANELS_A_ROW = 4

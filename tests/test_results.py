@@ -10,6 +10,7 @@ import pytest
 
 from st_linear import tables
 from st_linear.benchmarks import report
+from st_linear.protocols import protocol_names
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -92,3 +93,28 @@ def test_figures_of_mteb_are_those_of_its_files(model: str) -> None:
         (scores,) = result["scores"]["test"]
         cells.append(", ".join(f"{100 * scores[f'cosine_{metric}']:.2f}" for metric in ("spearman", "pearson")))
     assert f"| {' | '.join(cells)} |" in (ROOT / "docs" / "mteb.md").read_text(encoding="utf-8")
+
+
+def test_the_table_of_lengths_is_complete_and_made_from_the_record() -> None:
+    record = json.loads((RESULTS / "lengths" / "record.json").read_text(encoding="utf-8"))
+    table = tables.as_markdown(tables.side_by_side(record["models"], ""))
+    assert (RESULTS / "lengths" / "table.md").read_text(encoding="utf-8") == table
+    assert table in (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    lengths = [str(length) for length in record["grid"]["lengths"]]
+    assert lengths == ["128", "512", "1024", "2048", "4096", "8192"]
+    for name, grid in record["models"].items():
+        assert list(grid) == ["natural", *protocol_names()]
+        assert grid["natural"]["n"] == 1379
+        for protocol in protocol_names():
+            assert list(grid[protocol]) == lengths
+            for figures in grid[protocol].values():
+                # Only where a model reads nothing of the sentence, or a text of nothing else but common words.
+                assert figures["undefined"] is None or figures["truncated"] == 1, (name, protocol)
+
+
+def test_texts_inside_two_windows_have_the_softmax_figures_at_length(swaps: dict[str, dict[str, Any]]) -> None:
+    models = json.loads((RESULTS / "lengths" / "record.json").read_text(encoding="utf-8"))["models"]
+    for protocol in protocol_names():
+        near_far, softmax = (models[name][protocol]["128"] for name in ("near-far", "softmax"))
+        assert near_far["pearson"] == pytest.approx(softmax["pearson"], abs=1e-4)
+    assert models["softmax"]["natural"]["pearson"] == pytest.approx(swaps["softmax"]["pearson"], abs=1e-5)
