@@ -78,15 +78,16 @@ def test_no_text_is_longer_and_one_more_sentence_would_make_it_so(
         assert min(counts) > bound - (2 if "same" in protocol else 1) * longest
         return
     else:
-        more = [f"{text} {next_sentence(text, pairs)}" for text in both(made)]
+        sentences = sorted(both(pairs), key=len, reverse=True)
+        more = [f"{text} {next_sentence(text, sentences)}" for text in both(made)]
     assert min(token_counts(more, tokenizer)) > bound
 
 
-def next_sentence(document: str, pairs: Dataset) -> str:
-    """The sentence that a document would go on with: it goes around, and shows at least one whole round."""
+def next_sentence(document: str, sentences: list[str]) -> str:
+    """What a document of sentences, longest first, would go on with: it goes around, once at least."""
     cycle, rest = [], document
     while rest:
-        sentence = max((s for s in both(pairs) if rest.startswith(s)), key=len)
+        sentence = next(s for s in sentences if rest.startswith(s))
         cycle.append(sentence)
         rest = rest[len(sentence) :].lstrip()
     return cycle[len(cycle) % PAIRS_PER_DOCUMENT]

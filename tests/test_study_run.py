@@ -74,7 +74,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def config(bert: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("study-data")
     pairs = write_pairs(folder / "pairs")
@@ -86,7 +86,7 @@ def config(bert: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any
     }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def done(config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a study that ran to its end, to be read and not written to."""
     folder = tmp_path_factory.mktemp("study")

@@ -118,8 +118,8 @@ class _Artist:
                 self._line(axes, student, points)
             length_axis(axes, [g["length"] for g in self.of(protocol)], "tokens of the training texts")
             axes.set_yscale("symlog", linthresh=1)
-            # Room below 0, which is a point like any other here.
-            axes.set_ylim(-0.3, max(1.5, axes.get_ylim()[1]))
+            # Room below 0, which is a point like any other here, and above the highest.
+            axes.set_ylim(-0.3, max(1.5, 1.5 * axes.get_ylim()[1]))
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}" if value >= 0 else "")
             axes.set_ylabel("seconds of training")
 
