@@ -20,7 +20,7 @@ GRID = Grid((48, 96), ("repeat", "filler-different-random"), (6, 8), seed=2)
 
 @pytest.fixture(scope="module")
 def model(minilm: str) -> SentenceTransformer:
-    return convert(minilm, window=8, max_seq_length=96)
+    return convert(minilm, feature_map="elu", window=8, max_seq_length=96)
 
 
 def test_cells_are_what_the_evaluator_finds(model: SentenceTransformer) -> None:
@@ -75,9 +75,9 @@ def test_cells_of_something_else_are_measured(
 ) -> None:
     pairs = load_pairs("sample", "test").select(range(8))
     before = evaluate_grid(model, pairs, Grid(), folder=tmp_path, show_progress_bar=False)
-    other = convert(minilm, window=8, max_seq_length=96)
+    other = convert(minilm, feature_map="elu", window=8, max_seq_length=96)
     if what == "window":
-        other = convert(minilm, window=4, max_seq_length=96)
+        other = convert(minilm, feature_map="elu", window=4, max_seq_length=96)
     elif what == "weights":
         next(other.parameters()).data += 1e-3
     elif what == "pairs":
@@ -96,7 +96,7 @@ def test_cells_of_something_else_are_measured(
 def test_a_reference_that_another_model_measures_is_measured_anew(
     model: SentenceTransformer, minilm: str, tmp_path: Path
 ) -> None:
-    other = convert(minilm, window=8)
+    other = convert(minilm, feature_map="elu", window=8)
     other.prompts, other.default_prompt_name = {"query": "What is said in this text? "}, "query"
     pairs, grid = load_pairs("sample", "test").select(range(8)), Grid((64,), ("filler-different-end",), (8,))
     found = [
