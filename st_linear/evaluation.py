@@ -140,6 +140,30 @@ def correlation(
     )
 
 
+def correlation_or_reason(
+    predictions: Sequence[float] | np.ndarray, labels: Sequence[float] | np.ndarray
+) -> dict[str, Any]:
+    """
+    Correlate predictions with labels, or say why there is no correlation.
+
+    Args:
+        predictions: As for :func:`correlation`.
+        labels: Likewise.
+
+    Returns:
+        The fields of a :class:`Correlation`, all but ``n`` None where it is not defined, and ``undefined``: why, or
+        None.
+
+    Raises:
+        ValueError: As :func:`correlation`, but for predictions that have none.
+    """
+    try:
+        return {**correlation(predictions, labels).as_dict(), "undefined": None}
+    except UndefinedCorrelationError as error:
+        nothing: dict[str, Any] = {field.name: None for field in fields(Correlation)}
+        return {**nothing, "n": len(labels), "undefined": str(error)}
+
+
 @dataclass(frozen=True)
 class Mean:
     """
@@ -408,14 +432,8 @@ class LengthSimilarityEvaluator(EmbeddingSimilarityEvaluator):
             half = len(pairs)
             predictions = pairwise_cos_sim(embeddings[:half], embeddings[half:]).cpu().numpy()
             collapse = _mean_pairwise_cosine(embeddings)
-        figures: dict[str, Any]
-        try:
-            figures = {**correlation(predictions, pairs["score"]).as_dict(), "undefined": None}
-        except UndefinedCorrelationError as error:
-            figures = {field.name: None for field in fields(Correlation)}
-            figures |= {"n": len(pairs), "undefined": str(error)}
         return {
-            **figures,
+            **correlation_or_reason(predictions, pairs["score"]),
             "mean_pairwise_cosine": collapse,
             "mean_tokens": float(read.mean()),
             "truncated": float((counts > limit).mean()),

@@ -247,9 +247,11 @@ def write_figure(figure: Figure, path: str | Path, dpi: int = 150) -> None:
         path: A ``.svg`` or ``.png`` file.
         dpi: Pixels per inch of a ``.png``.
     """
+    import matplotlib
+
     suffix = Path(path).suffix.lower()[1:]
     metadata = {"Date": None} if suffix == "svg" else None
-    with atomic_path(path) as temporary:
+    with atomic_path(path) as temporary, matplotlib.rc_context({"svg.hashsalt": Path(path).stem}):
         figure.savefig(temporary, format=suffix, dpi=dpi, metadata=metadata)
 
 

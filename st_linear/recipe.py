@@ -26,7 +26,7 @@ from transformers import set_seed
 
 from st_linear.adapters import NO_ADAPTER
 from st_linear.data import evenly_spaced, load_pairs, repeat_to_length, source_name, token_counts, training_sentences
-from st_linear.evaluation import METRICS, NATURAL, LengthSimilarityEvaluator, Mean, correlation
+from st_linear.evaluation import METRICS, NATURAL, LengthSimilarityEvaluator, Mean, correlation, correlation_or_reason
 from st_linear.losses import TEACHER_ACTIVATIONS, AttentionTransferLoss
 from st_linear.mining import mine_pairs
 from st_linear.models import check_model_folder, convert, load, save_model
@@ -426,8 +426,7 @@ def evaluate_model(
         scores = PairScorer(model).predict(
             list(zip(test["sentence1"], test["sentence2"])), show_progress_bar=show_progress_bar
         )
-        # Of the cosines there may have been none.
-        results[None] |= {**correlation(np.asarray(scores), test["score"]).as_dict(), "undefined": None}
+        results[None] |= correlation_or_reason(np.asarray(scores), test["score"])
     if settings.lengths:
         subset = _some_pairs(test, settings.pairs_at_length)
         results |= _evaluate_lengths(model, subset, settings.lengths, show_progress_bar)

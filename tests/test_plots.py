@@ -36,6 +36,14 @@ def test_plots_are_written_whole(tmp_path: Path, plot, data, suffix: str) -> Non
         assert path.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("suffix", [".svg", ".png"])
+def test_the_same_figures_give_the_same_picture(tmp_path: Path, suffix: str) -> None:
+    paths = [tmp_path / str(number) / f"plot{suffix}" for number in range(2)]
+    for path in paths:
+        plot_pearson_by_length(RESULTS, path)
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
 def test_pyplot_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     plot_learning_curves(CURVES, tmp_path / "a.svg")

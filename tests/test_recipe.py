@@ -18,11 +18,11 @@ from sentence_transformers import CrossEncoder, SentenceTransformer
 from transformers import BertConfig, BertForSequenceClassification
 
 import st_linear
-from st_linear import recipe
+from st_linear import evaluation, recipe
 from st_linear.data import token_counts, training_sentences
 from st_linear.evaluation import correlation
 from st_linear.models import save_model
-from st_linear.pair_head import find_dse_head
+from st_linear.pair_head import PairScorer, find_dse_head
 from st_linear.recipe import Pairs, Teacher, distil, prepare_teacher
 from st_linear.records import read_json
 from st_linear.settings import _POSITIVE_SETTINGS, Settings, Student
@@ -211,6 +211,30 @@ class TestStudents:
         for length, found in figures.items():
             for key in ("pearson", "pearson_low", "spearman", "n", "mean_tokens"):
                 assert found[key] == pytest.approx(record["final"][length][key], abs=1e-5)
+
+    @pytest.mark.parametrize("constant", ["cosine", "dse"])
+    def test_what_is_constant_hides_nothing_else(
+        self,
+        make: Callable[..., dict[str, Any]],
+        pairs: Pairs,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        constant: str,
+    ) -> None:
+        settings = replace(SETTINGS, head="dse", epochs=1, lengths=())
+        make(settings=settings)
+        model = st_linear.load(str(tmp_path / "model"))
+        if constant == "cosine":
+            monkeypatch.setattr(evaluation, "pairwise_cos_sim", lambda x, y: torch.ones(len(x)))
+        else:
+            monkeypatch.setattr(PairScorer, "predict", lambda self, pairs, **kwargs: [0.5] * len(pairs))
+        figures = recipe.evaluate_model(model, pairs.test, settings, show_progress_bar=False)["natural"]
+        if constant == "cosine":
+            assert figures["undefined"] is None
+            assert figures["pearson"] is not None
+        else:
+            assert figures["undefined"] == f"all {len(pairs.test)} predictions are 0.5"
+            assert figures["pearson"] is None
 
     def test_gold_alone(self, make: Callable[..., dict[str, Any]]) -> None:
         record = make(teacher=None)

@@ -108,7 +108,7 @@ def test_the_table_of_lengths_is_complete_and_made_from_the_record() -> None:
         for protocol in protocol_names():
             assert list(grid[protocol]) == lengths
             for figures in grid[protocol].values():
-                # Only where a model reads nothing of the sentence, or a text of nothing else but common words.
+                # Only where a model that is cut reads nothing of the sentence.
                 assert figures["undefined"] is None or figures["truncated"] == 1, (name, protocol)
 
 

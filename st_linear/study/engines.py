@@ -99,7 +99,6 @@ def _context() -> Any:
 
 def _child(sender: Connection, cell: Cell, job: Job, deadline: float | None) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    quieten_libraries()
     reported = 0.0
 
     def on_step(step: int, steps: int) -> None:
@@ -110,6 +109,7 @@ def _child(sender: Connection, cell: Cell, job: Job, deadline: float | None) -> 
 
     # The screen is the study's, whose progress other bars would cut through; errors are in the outcome.
     with open(os.devnull, "w") as void, redirect_stderr(void):
+        quieten_libraries()
         sender.send(attempt(cell, job, on_step, deadline))
     sender.close()
 

@@ -237,7 +237,7 @@ class _Artist:
     def _save(self, name: str, section: str, title: str, caption: str, draw: Callable[[Axes], None]) -> Panel:
         import matplotlib
 
-        parameters: Any = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9, "axes.titlesize": 10}
+        parameters: Any = {"svg.fonttype": "none", "font.size": 9, "axes.titlesize": 10}
         parameters |= dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
         parameters |= {"axes.edgecolor": INK, "grid.color": INK, "grid.alpha": 0.15}
         with matplotlib.rc_context(parameters):
