@@ -12,6 +12,7 @@ import pytest
 import torch
 import typer
 
+import st_linear
 from st_linear import feature_map_names, feature_maps
 from st_linear.cli import app
 
@@ -190,3 +191,9 @@ def test_commands_and_options_exist(page: Path) -> None:
         if name == "mteb":
             known |= set(re.findall(r"--[a-z-]+", mteb_help()))
         assert set(re.findall(r"(?<!\S)--[a-z][a-z-]*", rest)) <= known, f"{name_of(page)}: st-linear {name}{rest}"
+
+
+def test_the_reference_has_all_that_the_package_exports() -> None:
+    reference = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    named = re.findall(r"^::: st_linear\.(\w+)$", reference, re.MULTILINE)
+    assert sorted(named) == sorted(st_linear.__all__)
