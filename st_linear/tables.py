@@ -102,7 +102,8 @@ def as_markdown(table: Table) -> str:
 
 def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """A table of strings in Markdown."""
-    return "".join("| " + " | ".join(line) + " |\n" for line in [header, ["---"] * len(header), *lines])
+    rows = [header, ["---"] * len(header), *lines]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |\n" for row in rows)
 
 
 def _figures_table(title: str, *columns: str) -> Table:

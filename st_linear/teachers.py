@@ -158,8 +158,9 @@ def read_teacher_scores(
         FileNotFoundError: If the file is missing.
         ValueError: If the column is missing, or a value is no finite number.
     """
-    path, rows = _read_rows(folder, split, _SCORE_COLUMNS[activation])
-    return _scores_of(rows, path, activation)
+    column = _SCORE_COLUMNS[activation]
+    path, rows = _read_rows(folder, split, column)
+    return _scores_of(rows, path, column)
 
 
 def read_mined_pairs(folder: str | os.PathLike[str], *, activation: TeacherActivation = "sigmoid") -> Dataset:
@@ -178,9 +179,10 @@ def read_mined_pairs(folder: str | os.PathLike[str], *, activation: TeacherActiv
         FileNotFoundError: If the file is missing.
         ValueError: If a column is missing, or a score is no finite number.
     """
-    path, rows = _read_rows(folder, "mined", "sentence1", "sentence2", _SCORE_COLUMNS[activation])
-    sentences = {column: [row[column] for row in rows] for column in ("sentence1", "sentence2")}
-    return Dataset.from_dict({**sentences, "score": _scores_of(rows, path, activation)})
+    column = _SCORE_COLUMNS[activation]
+    path, rows = _read_rows(folder, "mined", "sentence1", "sentence2", column)
+    sentences = {name: [row[name] for row in rows] for name in ("sentence1", "sentence2")}
+    return Dataset.from_dict({**sentences, "score": _scores_of(rows, path, column)})
 
 
 def train_teacher(
@@ -250,8 +252,8 @@ def _read_rows(folder: str | os.PathLike[str], split: str, *columns: str) -> tup
         return path, list(reader)
 
 
-def _scores_of(rows: list[dict[str, str]], path: Path, activation: TeacherActivation) -> list[float]:
-    column, scores = _SCORE_COLUMNS[activation], []
+def _scores_of(rows: list[dict[str, str]], path: Path, column: str) -> list[float]:
+    scores = []
     for number, row in enumerate(rows, start=2):
         try:
             scores.append(float(row[column]))

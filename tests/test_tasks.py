@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from conftest import FAMILIES, refused
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from test_recipe import write_pairs
@@ -76,6 +77,14 @@ def run(capfd: pytest.CaptureFixture[str]) -> Callable[[str], tuple[int, str, st
         return info.value.code or 0, out, err.replace("\r", "\n").strip().split("\n")[-1]  # type: ignore[return-value]
 
     return call
+
+
+def write_test_split(folder: Path, count: int) -> Dataset:
+    """Pairs of the sample, on STS-B's scale of scores in the folder's test.csv."""
+    pairs = load_pairs("sample", "test").select(range(count))
+    with (folder / "test.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([row["sentence1"], row["sentence2"], 5 * row["score"]] for row in pairs)
+    return pairs
 
 
 def results_of(name: str) -> dict[str, Any]:
@@ -156,9 +165,7 @@ class TestTasks:
         assert {mteb.get_task(name).metadata.name for name in tasks.task_names()} == set(tasks.task_names())
 
     def test_figures_are_the_evaluators(self, minilm: str, tmp_path: Path) -> None:
-        pairs = load_pairs("sample", "test").select(range(12))
-        with (tmp_path / "test.csv").open("w", newline="") as file:
-            csv.writer(file).writerows([row["sentence1"], row["sentence2"], 5 * row["score"]] for row in pairs)
+        pairs = write_test_split(tmp_path, 12)
         model = st_linear.convert(minilm, window=16)
         task = tasks.stsb_task("STSBenchmarkFillerSameMiddle72", tmp_path)()
         scores = mteb.evaluate(model, task, cache=None).task_results[0].scores["test"][0]
@@ -177,9 +184,7 @@ class TestTasks:
             )
 
     def test_cosines_that_float32_rounds_give_no_score(self, minilm: str, tmp_path: Path) -> None:
-        pairs = load_pairs("sample", "test").select(range(8))
-        with (tmp_path / "test.csv").open("w", newline="") as file:
-            csv.writer(file).writerows([row["sentence1"], row["sentence2"], 5 * row["score"]] for row in pairs)
+        write_test_split(tmp_path, 8)
         # Cut at 64 tokens, it reads nothing but the filler.
         model = st_linear.convert(minilm, max_seq_length=64)
         task = tasks.stsb_task("STSBenchmarkFillerSameEnd128", tmp_path)()

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from st_linear.study.statistics import Group, Records
+from st_linear.tables import markdown as markdown_table
 
 _DEFINITIONS = """\
 - **Texts.** Each sentence pair is brought to a length in tokens by the protocol named: `repeat` says each sentence
@@ -37,13 +38,17 @@ def methods(records: Records) -> str:
         f"- teacher: {teacher}",
         *(f"- {name}: {value}" for name, value in _flat(record["study"])),
     ]
-    grid = ["| student | protocol | length | seeds |", "| --- | --- | --- | --- |"]
-    grid += [
-        f"| {g.student} | {g.protocol} | {g.length:,} | {', '.join(map(str, seeds))} |"
-        for g, seeds in records.finished.items()
+    header = ("student", "protocol", "length", "seeds")
+    rows = [
+        (g.student, g.protocol, f"{g.length:,}", ", ".join(map(str, seeds))) for g, seeds in records.finished.items()
     ]
     parts = ["## Methods", _DEFINITIONS, "### Settings, the same for all cells", "\n".join(lines)]
-    parts += ["### Cells", "\n".join(grid), "### Where it ran", "\n".join(_places(records.finished))]
+    parts += [
+        "### Cells",
+        markdown_table(header, rows).rstrip(),
+        "### Where it ran",
+        "\n".join(_places(records.finished)),
+    ]
     return "\n\n".join(parts)
 
 

@@ -13,6 +13,7 @@ from st_linear.study.config import Cell
 from st_linear.study.figures import INK, PAPER, Panel, draw_all
 from st_linear.study.methods import methods
 from st_linear.study.statistics import Records, summarise
+from st_linear.tables import markdown as markdown_table
 
 REPORT = "report"
 
@@ -221,7 +222,7 @@ def _quality(summary: dict[str, Any]) -> str:
         "*p*: paired t-test, adjusted for the number of comparisons; *effect*: the difference over its standard "
         "deviation."
     )
-    return f"{_table(header, rows)}\n\n{note}"
+    return f"{markdown_table(header, rows)}\n{note}"
 
 
 def _convergence(summary: dict[str, Any]) -> Iterator[str]:
@@ -241,7 +242,7 @@ def _convergence(summary: dict[str, Any]) -> Iterator[str]:
                     ]
                     rows.append([g["student"], *_length_cells(summary, g), f"{target} %", *cells])
         if rows:
-            yield f"### {title}\n\n{_table(header, rows)}"
+            yield f"### {title}\n\n{markdown_table(header, rows).rstrip()}"
     yield (
         "Means over seeds with 95 % intervals, between the points of the curve by straight lines; 0: it was there "
         "before training. *k of n*: only so many seeds reached it, so that there is no mean."
@@ -256,7 +257,7 @@ def _reading(summary: dict[str, Any]) -> str:
         read = [g["read"].get(place) for place in ("natural", *places)]
         cells = ["–" if figures is None else _hundred(figures["pearson"]) for figures in read]
         rows.append([g["student"], *_length_cells(summary, g), *cells])
-    return f"{_table(header, rows)}\n\nPearson × 100 on test by the tokens of the texts that are read."
+    return f"{markdown_table(header, rows)}\nPearson × 100 on test by the tokens of the texts that are read."
 
 
 def _costs(summary: dict[str, Any]) -> str:
@@ -280,7 +281,7 @@ def _costs(summary: dict[str, Any]) -> str:
         "Memory is the peak beyond what was held before. *pairs*, *tokens*, *operations*: what distillation spent; "
         "transfer's operations come on top."
     )
-    return f"{_table(header, rows)}\n\n{note}"
+    return f"{markdown_table(header, rows)}\n{note}"
 
 
 def _laws(summary: dict[str, Any]) -> str:
@@ -305,17 +306,12 @@ def _laws(summary: dict[str, Any]) -> str:
         "the training length; time as a power of the length, without cells that were there before training or never. "
         "A line is a summary of the lengths that were measured, and no promise beyond them."
     )
-    return f"{_table(header, rows)}\n\n{note}"
+    return f"{markdown_table(header, rows)}\n{note}"
 
 
 def _failures(summary: dict[str, Any]) -> str:
     cells = [(Cell(**failure["cell"]), failure["message"].replace("`", "")) for failure in summary["failed"]]
     return "\n".join(f"- {cell.name}: `{message}`" for cell, message in cells)
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def _unique(summary: dict[str, Any], key: str) -> list[str]:
