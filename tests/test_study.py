@@ -113,6 +113,25 @@ class TestConfig:
                 1,
                 "a cosine can't match logits: teacher_activation identity needs objective cosent",
             ),
+            (
+                "[32, 64]",
+                "32\n    seed: [" + ", ".join(map(str, range(5001))) + "]",
+                1,
+                "the grid has 10,002 cells, more",
+            ),
+            ("[32, 64]", "32\n    pairs_at_once: 5", 1, "pairs_at_once=5 must divide training.batch_size=32"),
+            (
+                "budget:",
+                "  - attention: softmax\n    length: 64\n    pairs_at_once: 8\nbudget:",
+                1,
+                "two grids have the cell 'softmax, 64 tokens, repeat, seed 0', with different pairs_at_once",
+            ),
+            (
+                "budget:",
+                "    pairs_at_once: 8\ntraining: {objective: cosent}\nbudget:",
+                1,
+                "cosent compares all pairs of a step: it can't have pairs_at_once=8",
+            ),
             ("[32, 64]", "32\n    protocol: random", 5, "grid.0.protocol.0: unknown protocol 'random'"),
         ],
     )

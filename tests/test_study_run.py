@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import torch
 from conftest import refused
 from test_recipe import write_pairs
 
-from st_linear.records import read_json
+from st_linear.records import read_json, write_json
 from st_linear.study import cells as cells_module
 from st_linear.study import runner
 from st_linear.study.cells import Job, Outcome, attempt, without_measurements
@@ -119,7 +120,14 @@ class TestRecords:
 
     def test_what_one_holds(self, done: Path) -> None:
         record = records(done)["00016-repeat-elu-transfer-seed-0"]
-        assert record["cell"] == {"attention": "elu", "length": 16, "protocol": "repeat", "seed": 0, "transfer": True}
+        assert record["cell"] == {
+            "attention": "elu",
+            "length": 16,
+            "protocol": "repeat",
+            "seed": 0,
+            "transfer": True,
+            "pairs_at_once": None,
+        }
         assert [point["step"] for point in record["curve"]] == [0, 2, 4, 8]
         assert [point["examples"] for point in record["curve"]] == [0, 16, 32, 64]
         assert record["budget"]["steps"] == 8
@@ -137,6 +145,30 @@ class TestRecords:
         budgets = [record["budget"] for record in records(done).values()]
         assert {budget["examples"] for budget in budgets} == {64}
         assert len({budget["operations"] for budget in budgets}) == len(budgets)
+
+    def test_fewer_pairs_at_once_train_the_same(self, config: dict[str, Any], tmp_path: Path) -> None:
+        # Dropout draws otherwise for other shapes.
+        still = tmp_path / "still"
+        shutil.copytree(config["base"], still)
+        settings = read_json(still / "config.json")
+        dropout = {key: 0.0 for key in settings if key.endswith("dropout_prob")}
+        assert len(dropout) == 2
+        write_json(still / "config.json", {**settings, **dropout})
+        curves = []
+        for parts in (None, 2):
+            grid = {"attention": "softmax", "length": 16, "pairs_at_once": parts}
+            few = {**config, "base": str(still), "data": {**config["data"], "train": 16}, "grid": grid}
+            run(Study.model_validate(few), tmp_path / f"{parts}", engine="inline")
+            (record,) = records(tmp_path / f"{parts}").values()
+            assert record["cell"]["pairs_at_once"] == parts
+            curves.append([[point[key] for key in ("step", "examples", "pearson")] for point in record["curve"]])
+        assert curves[0][0] != curves[0][-1]
+        assert curves[1] == [pytest.approx(point, abs=1e-4) for point in curves[0]]
+
+    def test_parts_of_steps_need_whole_steps(self, config: dict[str, Any], tmp_path: Path) -> None:
+        few = {**config, "grid": {"attention": "softmax", "length": 16, "pairs_at_once": 2}}
+        (message,) = run(Study.model_validate(few), tmp_path, engine="inline").failed.values()
+        assert message == "with pairs_at_once the training pairs must make whole steps of batch_size=8, got 20"
 
     def test_finished_cells_are_not_run_again(self, done: Path, config: dict[str, Any]) -> None:
         before = {path: path.stat().st_mtime_ns for path in done.glob("cells/*/record.json")}

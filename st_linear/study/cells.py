@@ -356,8 +356,14 @@ def _distil(
         raise ValueError(
             f"budget.{study.budget.unit}={study.budget.amount:g} has no room for a step of {batch_size} pairs"
         )
-    if batch_size % world:
-        raise ValueError(f"batch_size={batch_size} can't be divided among {world} processes")
+    at_once = cell.pairs_at_once or batch_size
+    if at_once % world:
+        name = "pairs_at_once" if cell.pairs_at_once else "batch_size"
+        raise ValueError(f"{name}={at_once} can't be divided among {world} processes")
+    if at_once < batch_size and len(train) % batch_size:
+        raise ValueError(
+            f"with pairs_at_once the training pairs must make whole steps of batch_size={batch_size}, got {len(train)}"
+        )
 
     def measure() -> dict[str, Any]:
         return evaluate_model(model, dev, settings, show_progress_bar=False)["natural"]
@@ -369,7 +375,8 @@ def _distil(
         job.cell_folder(cell),
         settings,
         max_steps=steps,
-        per_device_train_batch_size=batch_size // world,
+        per_device_train_batch_size=at_once // world,
+        gradient_accumulation_steps=batch_size // at_once,
         dataloader_drop_last=True,
         save_total_limit=2,
         disable_tqdm=True,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
@@ -27,6 +28,9 @@ from st_linear.settings import Settings, Student
 
 STUDY = "study.json"
 """The file of a study's folder that says what it was asked to do."""
+
+MOST_CELLS = 10_000
+"""Of one study: a grid with more is a mistake in writing it."""
 
 Location = tuple[Any, ...]
 
@@ -114,6 +118,8 @@ class Grid(_Part):
         protocol: What brings texts to that length.
         seed: Of everything random in a cell.
         transfer: Whether attention transfer comes before distillation; the control knows none.
+        pairs_at_once: Pairs of a training step that are in memory at once; the gradients of such parts are added up.
+            None = all of the step's.
     """
 
     attention: Some[Attention]
@@ -121,6 +127,19 @@ class Grid(_Part):
     protocol: Some[Protocol] = ("repeat",)
     seed: Some[Seed] = (0,)
     transfer: Some[bool] = (False,)
+    pairs_at_once: PositiveInt | None = None
+
+    def cells(self) -> Iterator[Cell]:
+        """Each combination's cell; the control comes again for each value of ``transfer``."""
+        for attention, length, protocol, seed, transfer in product(*self._values()):
+            yield Cell(attention, length, protocol, seed, transfer and attention != "softmax", self.pairs_at_once)
+
+    def size(self) -> int:
+        """How many combinations there are."""
+        return math.prod(map(len, self._values()))
+
+    def _values(self) -> tuple[tuple[Any, ...], ...]:
+        return self.attention, self.length, self.protocol, self.seed, self.transfer
 
 
 class Budget(_Part):
@@ -186,13 +205,17 @@ class Evaluation(_Part):
 
 @dataclass(frozen=True)
 class Cell:
-    """One distillation of the grid."""
+    """One distillation of the grid.
+
+    Cells that differ in ``pairs_at_once`` alone are the same: it says how a step is computed, not what.
+    """
 
     attention: str
     length: int
     protocol: str
     seed: int
     transfer: bool
+    pairs_at_once: int | None = field(default=None, compare=False)
 
     @property
     def name(self) -> str:
@@ -247,6 +270,16 @@ class Study(_Part):
 
     @model_validator(mode="after")
     def _settings_agree(self) -> Study:
+        size = sum(grid.size() for grid in self.grid)
+        if size > MOST_CELLS:
+            raise ValueError(f"the grid has {size:,} cells, more than {MOST_CELLS:,}")
+        at_once: dict[Cell, int | None] = {}
+        for grid in self.grid:
+            if grid.pairs_at_once is not None:
+                self._check_parts(grid.pairs_at_once)
+            for cell in grid.cells():
+                if at_once.setdefault(cell, grid.pairs_at_once) != grid.pairs_at_once:
+                    raise ValueError(f"two grids have the cell {cell.name!r}, with different pairs_at_once")
         self.settings(seed=0)
         if self.budget.unit == "examples" and self.budget.amount < self.training.batch_size:
             raise ValueError(f"budget.examples makes no step of training.batch_size={self.training.batch_size} pairs")
@@ -254,15 +287,17 @@ class Study(_Part):
             raise ValueError("a cosine can't match logits: teacher_activation identity needs objective cosent")
         return self
 
+    def _check_parts(self, pairs_at_once: int) -> None:
+        if self.training.batch_size % pairs_at_once:
+            raise ValueError(
+                f"pairs_at_once={pairs_at_once} must divide training.batch_size={self.training.batch_size}"
+            )
+        if self.training.objective == "cosent" and pairs_at_once < self.training.batch_size:
+            raise ValueError(f"cosent compares all pairs of a step: it can't have pairs_at_once={pairs_at_once}")
+
     def cells(self) -> list[Cell]:
         """The grid's cells, each once: by seed, then by length, the control first."""
-        found = {
-            Cell(attention, length, protocol, seed, transfer and attention != "softmax")
-            for grid in self.grid
-            for attention, length, protocol, seed, transfer in product(
-                grid.attention, grid.length, grid.protocol, grid.seed, grid.transfer
-            )
-        }
+        found = {cell for grid in self.grid for cell in grid.cells()}
         return sorted(found, key=lambda c: (c.seed, c.length, c.protocol, not c.is_control, c.attention, c.transfer))
 
     def lengths(self) -> tuple[int, ...]:

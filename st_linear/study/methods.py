@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from st_linear.study.statistics import Group, Records
@@ -38,10 +38,14 @@ def methods(records: Records) -> str:
         f"- teacher: {teacher}",
         *(f"- {name}: {value}" for name, value in _flat(record["study"])),
     ]
-    header = ("student", "protocol", "length", "seeds")
+    header = ["student", "protocol", "length", "seeds"]
     rows = [
-        (g.student, g.protocol, f"{g.length:,}", ", ".join(map(str, seeds))) for g, seeds in records.finished.items()
+        [g.student, g.protocol, f"{g.length:,}", ", ".join(map(str, seeds))] for g, seeds in records.finished.items()
     ]
+    at_once = [_pairs_at_once(seeds.values()) for seeds in records.finished.values()]
+    if any(at_once):
+        header.append("pairs of a step in memory at once")
+        rows = [[*row, parts or "all"] for row, parts in zip(rows, at_once)]
     parts = ["## Methods", _DEFINITIONS, "### Settings, the same for all cells", "\n".join(lines)]
     parts += [
         "### Cells",
@@ -50,6 +54,10 @@ def methods(records: Records) -> str:
         "\n".join(_places(records.finished)),
     ]
     return "\n\n".join(parts)
+
+
+def _pairs_at_once(cells: Iterable[dict[str, Any]]) -> str:
+    return ", ".join(str(n) for n in sorted({record["cell"].get("pairs_at_once") or 0 for record in cells}) if n)
 
 
 def _flat(settings: dict[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
