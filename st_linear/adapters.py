@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from sentence_transformers.util import load_file_path
 from torch import Tensor, nn
 
-from st_linear.checkpoints import read_json_file
-from st_linear.conversion import split_state_dict
+from st_linear.checkpoints import read_json_file, read_shapes
+from st_linear.conversion import check_settings, is_integer, split_state_dict
 from st_linear.records import atomic_path, write_json
 
 WEIGHTS_NAME = "linear_attention.safetensors"
@@ -39,6 +39,9 @@ _BUNDLED = Path(str(files("st_linear"))) / "bundled"
 
 _SAMPLES = 8
 """Weights of each matrix that a fingerprint holds."""
+
+# That a conversion may draw, whatever an adapter's tensors have.
+_FEW_FEATURES = 4096
 
 # Weights rounded to bfloat16 are still those of the same model; those of another are not so close, all of them.
 _RTOL, _ATOL = 2**-8, 1e-6
@@ -92,9 +95,16 @@ class Adapter:
             settings = {name: config["settings"][name] for name in SETTINGS}
             base = dict(config["base"])
             samples = [float(value) for value in base.pop("fingerprint")]
-            return cls(source, weights, settings, samples, base, dict(config.get("training") or {}))
-        except (KeyError, TypeError, ValueError) as error:
+            check_settings(**settings)
+            training = dict(config.get("training") or {})
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise ValueError(f"{source}: {CONFIG_NAME} is damaged ({error!r})") from error
+        # Features are drawn before the tensors are read: none that they can't have.
+        features = (settings["feature_map_kwargs"] or {}).get("num_features", 0)
+        largest = max((side for shape in read_shapes(weights) for side in shape), default=0)
+        if is_integer(features) and features > max(largest, _FEW_FEATURES):
+            raise ValueError(f"{source}: {CONFIG_NAME} has num_features={features}, {WEIGHTS_NAME} at most {largest}")
+        return cls(source, weights, settings, samples, base, training)
 
     def fits(self, model: nn.Module) -> bool:
         """Whether ``model`` is the encoder that it was trained for, whatever number format its weights are in."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,8 @@ from typing import Any
 from huggingface_hub import model_info
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
-from sentence_transformers.base.modules import Transformer
-from sentence_transformers.base.modules.transformer import set_temporary_class_attrs
 from sentence_transformers.util import load_file_path
 from torch import Tensor
-from transformers import PreTrainedModel
 
 
 def hub_kwargs_of(kwargs: dict[str, Any] | None) -> dict[str, Any]:
@@ -49,7 +46,7 @@ def read_json_file(path: str, filename: str, subfolder: str = "", **hub_kwargs: 
         return None
     try:
         return json.loads(Path(file).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: {filename} is damaged ({error})") from error
 
 
@@ -63,6 +60,20 @@ def read_tensors(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             names = file.keys()
             return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged ({error})") from error
+
+
+def read_shapes(path: str) -> list[list[int]]:
+    """Shapes of the tensors of a safetensors file, which are not read.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+            return [file.get_slice(name).get_shape() for name in names]
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged ({error})") from error
 
@@ -81,34 +92,17 @@ def some_of(names: Collection[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
+def refuse_misshapen_weights(where: str, mismatched: Iterable[tuple[str, Iterable[int], Iterable[int]]]) -> None:
+    """Raise a ValueError if tensors of a checkpoint have other shapes than its config says."""
+    for name, shape, expected in mismatched:
+        raise ValueError(f"{where}: {name} has shape {tuple(shape)}, expected {tuple(expected)} by config.json")
+
+
 def refuse_missing_weights(where: str, missing: Collection[str]) -> None:
     """Raise a ValueError if a checkpoint lacks weights of the encoder, which transformers would draw at random."""
     missing = [key for key in missing if "pooler" not in key]
     if missing:
         raise ValueError(f"{where} lacks weights of the encoder: {some_of(missing)}")
-
-
-@contextmanager
-def whole_weights() -> Iterator[None]:
-    """Within it, encoders that Sentence Transformers loads are whole, or refused as by
-    :func:`refuse_missing_weights`; those of other threads, too."""
-    load = Transformer._load_model
-
-    def checked(
-        self: Transformer, path: str, task: Any, config: Any, backend: str, peft: bool, **kwargs: Any
-    ) -> PreTrainedModel:
-        # Adapters of peft and exported models have loaders of their own; LinearTransformer looks itself.
-        if backend != "torch" or peft or "output_loading_info" in kwargs:
-            return load(self, path, task, config, backend, peft, **kwargs)
-        loaded: Any = load(self, path, task, config, backend, peft, output_loading_info=True, **kwargs)
-        if not isinstance(loaded, tuple):
-            return loaded
-        model, info = loaded
-        refuse_missing_weights(path, info["missing_keys"])
-        return model
-
-    with set_temporary_class_attrs(Transformer, _load_model=checked):
-        yield
 
 
 @contextmanager

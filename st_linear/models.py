@@ -18,10 +18,10 @@ from st_linear.checkpoints import (
     hub_out_of_reach,
     one_line_if_missing,
     read_json_file,
-    whole_weights,
 )
 from st_linear.pair_head import DSEHead
 from st_linear.transformer import WEIGHTS_NAME, LinearTransformer
+from st_linear.untrusted import guarded, refuse_bad_weights, refuse_bombs
 
 
 def convert(model: str | SentenceTransformer, **settings: Any) -> SentenceTransformer:
@@ -78,7 +78,8 @@ def load(model_name_or_path: str, **kwargs: Any) -> SentenceTransformer:
     Raises:
         FileNotFoundError: If there is no such folder, and no such model on the hub.
         ValueError: If the model needs a class of its own, is a CrossEncoder, lacks weights of its encoder (which
-            transformers would draw at random), or its files are damaged.
+            transformers would draw at random), or its files are damaged, name code on the hub, hold NaN, or ask for
+            much more memory than they hold; see :func:`~st_linear.untrusted.guarded`.
     """
     if kwargs.pop("trust_remote_code", False):
         raise ValueError(
@@ -87,14 +88,17 @@ def load(model_name_or_path: str, **kwargs: Any) -> SentenceTransformer:
     path = str(model_name_or_path)
     if not os.path.isdir(path) and not kwargs.get("local_files_only"):
         kwargs["local_files_only"] = hub_out_of_reach(path, revision=kwargs.get("revision"), token=kwargs.get("token"))
-    with one_line_if_missing(path), whole_weights():
-        _check_saved_model(path, **hub_kwargs_of(kwargs))
+    hub_kwargs = hub_kwargs_of(kwargs)
+    with one_line_if_missing(path), guarded(path, kwargs.get("model_kwargs") or (), **hub_kwargs):
+        _check_saved_model(path, **hub_kwargs)
         try:
-            return SentenceTransformer._load_with_module_classes(
+            model = SentenceTransformer._load_with_module_classes(
                 path, _module_classes(), trust_remote_code=False, **kwargs
             )
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(f"{path}: a JSON file of the model is damaged ({error})") from error
+    refuse_bad_weights(path, model, **hub_kwargs)
+    return model
 
 
 def save_model(model: SentenceTransformer, folder: Path) -> None:
@@ -139,6 +143,8 @@ def _check_saved_model(path: str, **hub_kwargs: Any) -> None:
     """Refuse what :func:`load` would run code for, or would load as something else than was saved."""
     if not path or (os.path.isdir(path) and not {"modules.json", "config.json"} & set(os.listdir(path))):
         raise FileNotFoundError(f"{path!r} holds no model: neither modules.json nor config.json is there")
+    if os.path.isdir(path):
+        refuse_bombs(path)
     modules = read_json_file(path, "modules.json", **hub_kwargs)
     config = read_json_file(path, "config_sentence_transformers.json", **hub_kwargs) or {}
     try:

@@ -15,9 +15,10 @@ from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncode
 from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
 from transformers import set_seed
 
-from st_linear.checkpoints import hub_out_of_reach
+from st_linear.checkpoints import hub_kwargs_of, hub_out_of_reach
 from st_linear.losses import TEACHER_ACTIVATIONS, TeacherActivation, check_choice, check_teacher
 from st_linear.records import read_json, write_json
+from st_linear.untrusted import guarded
 
 _SCORE_COLUMNS = {"sigmoid": "score", "identity": "logit"}
 
@@ -33,7 +34,9 @@ def load_teacher(teacher: str | os.PathLike[str] | CrossEncoder, **kwargs: Any) 
         if not os.path.isdir(teacher) and not kwargs.get("local_files_only"):
             kwargs["local_files_only"] = hub_out_of_reach(str(teacher), revision=kwargs.get("revision"))
         try:
-            return load_teacher(CrossEncoder(str(teacher), **kwargs))
+            with guarded(str(teacher), kwargs.get("model_kwargs") or (), **hub_kwargs_of(kwargs)):
+                model = CrossEncoder(str(teacher), **kwargs)
+            return load_teacher(model)
         except OSError as error:
             if os.path.isdir(teacher):
                 reason = str(error).partition("\n")[0]
@@ -177,11 +180,15 @@ def read_mined_pairs(folder: str | os.PathLike[str], *, activation: TeacherActiv
 
     Raises:
         FileNotFoundError: If the file is missing.
-        ValueError: If a column is missing, or a score is no finite number.
+        ValueError: If a column is missing, a sentence is empty, or a score is no finite number.
     """
     column = _SCORE_COLUMNS[activation]
     path, rows = _read_rows(folder, "mined", "sentence1", "sentence2", column)
     sentences = {name: [row[name] for row in rows] for name in ("sentence1", "sentence2")}
+    for name, texts in sentences.items():
+        for number, text in enumerate(texts, start=1):
+            if not text or not text.strip():
+                raise ValueError(f"{path}, row {number}: {name} is {text!r}, not a text")
     return Dataset.from_dict({**sentences, "score": _scores_of(rows, path, column)})
 
 
@@ -243,13 +250,20 @@ def _read_rows(folder: str | os.PathLike[str], split: str, *columns: str) -> tup
     path = Path(folder) / f"{split}.csv"
     if not path.is_file():
         raise FileNotFoundError(f"no teacher scores for {split}: {path} is missing")
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        found = reader.fieldnames or []
-        for column in columns:
-            if column not in found:
-                raise ValueError(f"{path} has no column {column!r}; its columns: {', '.join(found)}")
-        return path, list(reader)
+    limit = csv.field_size_limit(2**31 - 1)
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, strict=True)
+            found, rows = reader.fieldnames or [], list(reader)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} can't be read as csv in UTF-8: {error}") from error
+    finally:
+        csv.field_size_limit(limit)
+    for column in columns:
+        if column not in found:
+            listed = ", ".join(" ".join(name[:30].split()) for name in found)
+            raise ValueError(f"{path} has no column {column!r}; its columns: {listed}")
+    return path, rows
 
 
 def _scores_of(rows: list[dict[str, str]], path: Path, column: str) -> list[float]:

@@ -26,6 +26,7 @@ from st_linear.checkpoints import (
     read_json_file,
     read_tensors,
     refuse_mismatch,
+    refuse_misshapen_weights,
     refuse_missing_weights,
 )
 from st_linear.conversion import (
@@ -46,6 +47,7 @@ from st_linear.positions import (
     rescaled_positions,
     trained_positions,
 )
+from st_linear.untrusted import refuse_kernels
 
 logger = logging.getLogger(__name__)
 
@@ -337,6 +339,7 @@ class LinearTransformer(Transformer):
         return True
 
     def _load_model(self, model_name_or_path: str, *args: Any, **kwargs: Any) -> PreTrainedModel:
+        refuse_kernels(model_name_or_path, args[1])
         # transformers' own error on misshapen tensors names neither the tensor nor its shape: ours does.
         kwargs.update(ignore_mismatched_sizes=True, output_loading_info=True)
         try:
@@ -345,10 +348,7 @@ class LinearTransformer(Transformer):
             raise ValueError(f"{model_name_or_path}: model.safetensors is damaged ({error})") from error
         if isinstance(loaded, tuple):
             loaded, self._loading_info = loaded
-        for name, shape, expected in self._loading_info.get("mismatched_keys", ()):
-            raise ValueError(
-                f"{model_name_or_path}: {name} has shape {tuple(shape)}, expected {tuple(expected)} by config.json"
-            )
+        refuse_misshapen_weights(model_name_or_path, self._loading_info.get("mismatched_keys", ()))
         return loaded
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
@@ -395,6 +395,8 @@ class LinearTransformer(Transformer):
         for name, tensor in saved.items():
             if tensor.shape != own[name].shape:
                 raise ValueError(f"{path}: {name} has shape {tuple(tensor.shape)}, expected {tuple(own[name].shape)}")
+            if not tensor.is_floating_point():
+                raise ValueError(f"{path}: {name} holds {tensor.dtype}, expected floating-point numbers")
             own[name].copy_(tensor)
 
     def _kernel_settings(self) -> dict[str, str]:

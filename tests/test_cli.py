@@ -519,6 +519,13 @@ class TestErrors:
         assert (code, out) == (2, "")
         assert "model" in one_line_error(err)
 
+    def test_a_model_that_asks_for_too_much(self, run: Callable[..., tuple[int, str, str]], place: Path) -> None:
+        config = json.loads((place / "bert" / "config.json").read_text())
+        (place / "bert" / "config.json").write_text(json.dumps({**config, "vocab_size": 10**10}))
+        code, out, err = run("evaluate bert --data pairs")
+        assert (code, out) == (2, "")
+        assert "bert asks for" in one_line_error(err)
+
     @pytest.mark.parametrize("line", ["evaluate bert --data pairs", "distill bert out --data pairs --teacher bert"])
     def test_a_damaged_base_or_teacher(self, run: Callable[..., tuple[int, str, str]], place: Path, line: str) -> None:
         (place / "bert" / "model.safetensors").write_bytes(b"damaged")

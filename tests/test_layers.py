@@ -25,6 +25,7 @@ LAYERS = [
     "model_card",
     "pair_head",
     "checkpoints",
+    "untrusted",
     "adapters",
     "transformer",
     "models",

@@ -32,6 +32,9 @@ STUDY = "study.json"
 MOST_CELLS = 10_000
 """Of one study: a grid with more is a mistake in writing it."""
 
+MOST_VALUES = 200_000
+"""In one file, likewise."""
+
 Location = tuple[Any, ...]
 
 
@@ -59,8 +62,9 @@ def _without_doubles(values: tuple[Any, ...]) -> tuple[Any, ...]:
 Attention = Annotated[str, AfterValidator(_checked_attention)]
 Protocol = Annotated[str, AfterValidator(_checked_protocol)]
 # Below four tokens nothing is left of a text but its special tokens.
-Length = Annotated[int, Field(ge=4)]
-Seed = Annotated[int, Field(ge=0)]
+Length = Annotated[int, Field(ge=4, le=2**20)]
+# NumPy's generators take no greater ones.
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 _Value = TypeVar("_Value")
 SomeOrNone = Annotated[tuple[_Value, ...], BeforeValidator(_listed), AfterValidator(_without_doubles)]
@@ -68,7 +72,7 @@ Some = Annotated[SomeOrNone[_Value], Field(min_length=1)]
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Data(_Part):
@@ -344,39 +348,58 @@ def read_study(path: Path) -> Study:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text in UTF-8: {error}") from error
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        lines = {} if root is None else _lines(path, root)
+        value = yaml.safe_load(text)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = 1 if mark is None else mark.line + 1
         raise ValueError(f"{path}, line {line}: no YAML: {error.problem or error.context}") from error
-    except yaml.YAMLError as error:
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deeply") from error
+    except _BadFile:
+        raise
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
         raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
-    lines: dict[Location, int] = {}
-    if root is not None:
-        for location, line in _lines(path, root, ()):
-            lines.setdefault(location, line)
     try:
-        return Study.model_validate(yaml.safe_load(text))
+        return Study.model_validate(value)
     except ValidationError as error:
         _raise(path, error, lines)
 
 
-def _lines(path: Path, node: yaml.Node, location: Location) -> Iterator[tuple[Location, int]]:
+class _BadFile(ValueError):
+    """Says where in the file."""
+
+
+def _lines(path: Path, root: yaml.Node) -> dict[Location, int]:
     """The line of every value, by where it stands; of a value with a key, the key's line."""
-    yield location, node.start_mark.line + 1
-    if isinstance(node, yaml.MappingNode):
-        seen = set()
-        for key, value in node.value:
-            if key.value in seen:
-                raise ValueError(f"{path}, line {key.start_mark.line + 1}: {key.value} stands there twice")
-            seen.add(key.value)
-            yield (*location, key.value), key.start_mark.line + 1
-            yield from _lines(path, value, (*location, key.value))
-    elif isinstance(node, yaml.SequenceNode):
-        for index, value in enumerate(node.value):
-            yield from _lines(path, value, (*location, index))
+    lines: dict[Location, int] = {}
+    open_nodes: list[tuple[Location, yaml.Node]] = [((), root)]
+    visited = 0
+    while open_nodes:
+        location, node = open_nodes.pop()
+        lines.setdefault(location, node.start_mark.line + 1)
+        visited += 1
+        if visited > MOST_VALUES:
+            # Aliases of aliases make a few lines as large as one likes.
+            raise _BadFile(f"{path} holds more than {MOST_VALUES:,} values")
+        if isinstance(node, yaml.MappingNode):
+            seen = set()
+            for key, value in node.value:
+                line = key.start_mark.line + 1
+                if not isinstance(key, yaml.ScalarNode):
+                    raise _BadFile(f"{path}, line {line}: keys must be words")
+                if key.value in seen:
+                    raise _BadFile(f"{path}, line {line}: {key.value} stands there twice")
+                seen.add(key.value)
+                lines[(*location, key.value)] = line
+                open_nodes.append(((*location, key.value), value))
+        elif isinstance(node, yaml.SequenceNode):
+            open_nodes += [((*location, index), value) for index, value in enumerate(node.value)]
+    return lines
 
 
 def _raise(path: Path, error: ValidationError, lines: Mapping[Location, int]) -> NoReturn:
