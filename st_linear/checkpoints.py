@@ -95,7 +95,7 @@ def some_of(names: Collection[str]) -> str:
 def refuse_misshapen_weights(where: str, mismatched: Iterable[tuple[str, Iterable[int], Iterable[int]]]) -> None:
     """Raise a ValueError if tensors of a checkpoint have other shapes than its config says."""
     for name, shape, expected in mismatched:
-        raise ValueError(f"{where}: {name} has shape {tuple(shape)}, expected {tuple(expected)} by config.json")
+        raise ValueError(f"{where}: {name} has shape {tuple(shape)}, expected {tuple(expected)} by the config")
 
 
 def refuse_missing_weights(where: str, missing: Collection[str]) -> None:

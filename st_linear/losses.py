@@ -11,6 +11,7 @@ import torch
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import CoSENTLoss
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.nn import functional as F
 
 from st_linear.conversion import AttentionCall, linear_attentions, observe_attention
@@ -238,7 +239,8 @@ class AttentionTransferLoss(nn.Module):
     The mean over layers of ``|linear - softmax|² / Var(softmax)``, plus ``pooled · (1 - cos)`` of the embeddings. With
     ``train="maps"`` gradients reach the feature maps and gains alone: what they learn is an adapter. With
     ``train="all"`` the whole linear encoder learns, from a frozen softmax copy of it, taken when the loss is built.
-    Dropout is off in both.
+    Dropout is off in both. Processes that train together share means and variance: their gradients are those of one
+    process with the whole batch.
 
     Args:
         model: A SentenceTransformer whose first module is a :class:`~st_linear.transformer.LinearTransformer`.
@@ -381,7 +383,26 @@ def _relative_error(output: Tensor, target: Tensor, mask: Tensor | None, token_d
     if mask is not None:
         keep = mask.bool()
         output, target = output.movedim(token_dim, 1)[keep], target.movedim(token_dim, 1)[keep]
-    return F.mse_loss(output, target) / target.var().clamp(min=1e-12)
+    error, variance = F.mse_loss(output, target), target.var()
+    if dist.is_available() and dist.is_initialized() and torch.is_grad_enabled():
+        error, variance = _among_processes(error, target)
+    return error / variance.clamp(min=1e-12)
+
+
+def _among_processes(error: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The error weighted by this process's share of all numbers, and the variance of them all.
+
+    Gradients, which are averaged over processes, are then those of one process with the whole batch.
+    """
+    count = target.new_tensor(target.numel(), dtype=torch.float64)
+    own = torch.stack([count, target.mean().double(), target.var().double() * (count - 1)])
+    every = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(every, own)
+    counts, means, squares = torch.stack(every).T
+    total = counts.sum()
+    mean = (counts * means).sum() / total
+    variance = (squares + counts * (means - mean) ** 2).sum() / (total - 1)
+    return error * (len(every) * count / total).float(), variance.float()
 
 
 @contextmanager

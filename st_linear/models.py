@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from st_linear.checkpoints import (
 )
 from st_linear.pair_head import DSEHead
 from st_linear.transformer import WEIGHTS_NAME, LinearTransformer
-from st_linear.untrusted import guarded, refuse_bad_weights, refuse_bombs
+from st_linear.untrusted import guarded, refuse_bad_weights
 
 
 def convert(model: str | SentenceTransformer, **settings: Any) -> SentenceTransformer:
@@ -89,7 +91,7 @@ def load(model_name_or_path: str, **kwargs: Any) -> SentenceTransformer:
     if not os.path.isdir(path) and not kwargs.get("local_files_only"):
         kwargs["local_files_only"] = hub_out_of_reach(path, revision=kwargs.get("revision"), token=kwargs.get("token"))
     hub_kwargs = hub_kwargs_of(kwargs)
-    with one_line_if_missing(path), guarded(path, kwargs.get("model_kwargs") or (), **hub_kwargs):
+    with one_line_if_missing(path), guarded(path, kwargs.get("model_kwargs"), **hub_kwargs):
         _check_saved_model(path, **hub_kwargs)
         try:
             model = SentenceTransformer._load_with_module_classes(
@@ -97,12 +99,15 @@ def load(model_name_or_path: str, **kwargs: Any) -> SentenceTransformer:
             )
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(f"{path}: a JSON file of the model is damaged ({error})") from error
-    refuse_bad_weights(path, model, **hub_kwargs)
+        refuse_bad_weights(path, model, **hub_kwargs)
     return model
 
 
 def save_model(model: SentenceTransformer, folder: Path) -> None:
-    """Save so that ``folder`` is at any moment the old model, whole, the new one, whole, or absent.
+    """Save so that ``folder`` is at any moment the old model or the new one, whole.
+
+    Where the system can't exchange two folders in one step (Linux can), there is a moment between the two at which
+    ``folder`` is absent.
 
     Raises:
         ValueError: As :func:`check_model_folder`.
@@ -113,13 +118,24 @@ def save_model(model: SentenceTransformer, folder: Path) -> None:
     shutil.rmtree(fresh, ignore_errors=True)
     try:
         model.save_pretrained(str(fresh))
-        if folder.exists():
+        if not folder.exists():
+            fresh.rename(folder)
+        elif not _exchange(fresh, folder):
             shutil.rmtree(old, ignore_errors=True)
             folder.rename(old)
-        fresh.rename(folder)
+            fresh.rename(folder)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Whether the system could give each folder the other's name, in one step."""
+    if sys.platform != "linux":
+        return False
+    # Python has no name for it: renameat2(AT_FDCWD, …, AT_FDCWD, …, RENAME_EXCHANGE).
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    return rename is not None and rename(-100, os.fsencode(first), -100, os.fsencode(second), 2) == 0
 
 
 def check_model_folder(folder: Path) -> None:
@@ -143,8 +159,6 @@ def _check_saved_model(path: str, **hub_kwargs: Any) -> None:
     """Refuse what :func:`load` would run code for, or would load as something else than was saved."""
     if not path or (os.path.isdir(path) and not {"modules.json", "config.json"} & set(os.listdir(path))):
         raise FileNotFoundError(f"{path!r} holds no model: neither modules.json nor config.json is there")
-    if os.path.isdir(path):
-        refuse_bombs(path)
     modules = read_json_file(path, "modules.json", **hub_kwargs)
     config = read_json_file(path, "config_sentence_transformers.json", **hub_kwargs) or {}
     try:

@@ -18,7 +18,7 @@ from transformers import set_seed
 from st_linear.checkpoints import hub_kwargs_of, hub_out_of_reach
 from st_linear.losses import TEACHER_ACTIVATIONS, TeacherActivation, check_choice, check_teacher
 from st_linear.records import read_json, write_json
-from st_linear.untrusted import guarded
+from st_linear.untrusted import guarded, refuse_bad_weights
 
 _SCORE_COLUMNS = {"sigmoid": "score", "identity": "logit"}
 
@@ -34,8 +34,10 @@ def load_teacher(teacher: str | os.PathLike[str] | CrossEncoder, **kwargs: Any) 
         if not os.path.isdir(teacher) and not kwargs.get("local_files_only"):
             kwargs["local_files_only"] = hub_out_of_reach(str(teacher), revision=kwargs.get("revision"))
         try:
-            with guarded(str(teacher), kwargs.get("model_kwargs") or (), **hub_kwargs_of(kwargs)):
+            hub_kwargs = hub_kwargs_of(kwargs)
+            with guarded(str(teacher), kwargs.get("model_kwargs"), **hub_kwargs):
                 model = CrossEncoder(str(teacher), **kwargs)
+                refuse_bad_weights(str(teacher), model, **hub_kwargs)
             return load_teacher(model)
         except OSError as error:
             if os.path.isdir(teacher):

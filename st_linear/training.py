@@ -19,7 +19,7 @@ from st_linear.data import token_counts
 from st_linear.losses import DistillationLoss
 from st_linear.records import read_json, write_json
 from st_linear.settings import Settings
-from st_linear.transfer import run_trainer
+from st_linear.transfer import on_one_device, run_trainer
 
 _CURVE = "curve.json"
 
@@ -138,7 +138,7 @@ def training_arguments(output: Path, settings: Settings, **options: Any) -> Sent
         "use_cpu": not torch.accelerator.is_available(),
         "seed": settings.seed,
     }
-    return SentenceTransformerTrainingArguments(**(defaults | options))
+    return on_one_device(SentenceTransformerTrainingArguments(**(defaults | options)))
 
 
 def distil_pairs(

@@ -262,11 +262,9 @@ def _train(
         dataloader_pin_memory=torch.cuda.is_available(),
         seed=settings.seed,
     )
-    # Several GPUs in one process would be DataParallel, which takes packed texts apart.
-    arguments._n_gpu = min(arguments.n_gpu, 1)
     trainer = SentenceTransformerTrainer(
         model=model,
-        args=arguments,
+        args=on_one_device(arguments),
         train_dataset=Dataset.from_dict({"text": texts}),
         loss=loss,
         evaluator=fidelity,
@@ -281,6 +279,13 @@ def _train(
         logger.warning("Going on from %s", checkpoint)
     run_trainer(trainer, checkpoint)
     return 0 if checkpoint is None else _step_of(checkpoint), trainer.state.global_step
+
+
+def on_one_device(arguments: SentenceTransformerTrainingArguments) -> SentenceTransformerTrainingArguments:
+    """The same, with no more than one GPU for a process: several would be DataParallel, which takes packed texts
+    apart."""
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def run_trainer(trainer: SentenceTransformerTrainer, checkpoint: Path | None = None) -> None:

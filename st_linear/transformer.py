@@ -298,6 +298,11 @@ class LinearTransformer(Transformer):
         # The caller's features stay as they are: losses that embed a batch twice hand them in again.
         features = dict(features)
         packed = "cu_seq_lens_q" in features
+        if packed and getattr(self, "_is_replica", False):
+            raise ValueError(
+                "DataParallel takes packed texts apart: use a process for each GPU (torchrun, accelerate launch), or "
+                "set unpad_inputs=False"
+            )
         limit = trained_positions(self.model)
         stretched = self.model.config.max_position_embeddings > limit
         if self.position_extension == "tile" and stretched and has_rotary_positions(self.model):

@@ -6,14 +6,18 @@ Sentence Transformers and transformers build what a model's files describe. :fun
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Collection, Iterator
+import os
+import threading
+import zipfile
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.base.modules.transformer import set_temporary_class_attrs
 from sentence_transformers.util import load_file_path
@@ -41,6 +45,8 @@ _MODEL_KWARGS = {
     "trust_remote_code",
     "use_safetensors",
 }
+# Of attention implementations those that transformers brings: for FlashAttention it may go to the hub.
+_ATTENTION = {None, "eager", "flex_attention", "sdpa"}
 
 LOADING_INFO = "_loading_info"
 """Attribute of a ``Transformer`` that looks itself at what transformers tells of a load."""
@@ -52,54 +58,71 @@ _MOST_TENSORS = 25_000
 _SLACK = 2**28
 # Half precision becomes single precision, and transformers makes a tensor twice where a file has another shape.
 _TIMES_THE_FILES = 8
-# Smaller ones can't add up to much, as their number is limited.
+# Elements of what is not worth to be foreseen.
 _BIG = 2**16
+# Of what transformers makes Python objects, or layers.
+_MOST = {
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "num_decoder_layers", "n_layers", "n_layer"), 10_000),
+    **dict.fromkeys(("num_labels", "extra_ids"), 100_000),
+}
+_OUTSIDE = ("weight_map", "tokenizer_name_or_path")
+_ACTIVATIONS = ("activation_fn", "sbert_ce_default_activation_function")
+_CONFIGS = ("config.json", "tokenizer_config.json", "sentence_bert_config.json", "config_sentence_transformers.json")
+
+# One load at a time, as it puts its own function in a class's place.
+_LOCK = threading.RLock()
 
 
 @contextmanager
-def guarded(path: str, model_kwargs: Collection[str] = (), **hub_kwargs: Any) -> Iterator[None]:
-    """Watch what Sentence Transformers loads from ``path``, in other threads too.
+def guarded(path: str, model_kwargs: Mapping[str, Any] | None = None, **hub_kwargs: Any) -> Iterator[None]:
+    """Watch what Sentence Transformers loads from ``path`` in this thread.
 
     Args:
         path: Folder or hub id.
-        model_kwargs: Names of what the caller says himself of how transformers shall load it.
+        model_kwargs: What the caller says himself of how transformers shall load it.
         **hub_kwargs: As for :func:`~sentence_transformers.util.load_file_path`.
 
     Raises:
-        ValueError: If an encoder lacks weights, or the files ask for code from the hub, or for much more memory than
+        ValueError: If an encoder lacks weights, or the files ask for code from elsewhere, or for much more memory than
             they hold; or for whatever else they can't be loaded; always in one line.
     """
-    load = Transformer._load_model
+    own = dict(model_kwargs or {})
+    thread = threading.get_ident()
+    with _in_one_line(path), _LOCK:
+        load = Transformer._load_model
 
-    def checked(
-        self: Transformer, name: str, task: Any, config: PreTrainedConfig, backend: str, peft: bool, **kwargs: Any
-    ) -> PreTrainedModel:
-        refuse_kernels(name, config)
-        _refuse_requests(name, kwargs, model_kwargs)
-        # Adapters of peft and exported models have loaders of their own; LinearTransformer looks itself.
-        if backend != "torch" or peft or hasattr(self, LOADING_INFO):
-            return load(self, name, task, config, backend, peft, **kwargs)
-        # transformers' own error on misshapen tensors names neither the tensor nor its shape.
-        kwargs |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
-        loaded: Any = load(self, name, task, config, backend, peft, **kwargs)
-        if not isinstance(loaded, tuple):
-            return loaded
-        model, info = loaded
-        refuse_misshapen_weights(name, info["mismatched_keys"])
-        refuse_missing_weights(name, info["missing_keys"])
-        return model
+        def checked(
+            self: Transformer, name: str, task: Any, config: PreTrainedConfig, backend: str, peft: bool, **kwargs: Any
+        ) -> PreTrainedModel:
+            if threading.get_ident() != thread:
+                return load(self, name, task, config, backend, peft, **kwargs)
+            if "attn_implementation" not in own:
+                refuse_kernels(name, config)
+            _refuse_requests(name, kwargs, own)
+            # Adapters of peft and exported models have loaders of their own; LinearTransformer looks itself.
+            if backend != "torch" or peft or hasattr(self, LOADING_INFO):
+                return load(self, name, task, config, backend, peft, **kwargs)
+            # transformers' own error on misshapen tensors names neither the tensor nor its shape.
+            kwargs |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
+            loaded: Any = load(self, name, task, config, backend, peft, **kwargs)
+            if not isinstance(loaded, tuple):
+                return loaded
+            model, info = loaded
+            if not own.get("ignore_mismatched_sizes"):
+                refuse_misshapen_weights(name, info["mismatched_keys"])
+            refuse_missing_weights(name, info["missing_keys"])
+            return model
 
-    bound = _NoMoreThanFiles(path, lambda: sum(file.stat().st_size for file in _files(path, **hub_kwargs)))
-    with _in_one_line(path), set_temporary_class_attrs(Transformer, _load_model=checked), bound:
-        yield
+        _refuse_bad_files(path, **hub_kwargs)
+        bound = _NoMoreThanFiles(path, lambda: _allowed_bytes(path, **hub_kwargs))
+        with set_temporary_class_attrs(Transformer, _load_model=checked), bound:
+            yield
 
 
 def refuse_kernels(where: str, config: PreTrainedConfig) -> None:
-    """Raise a ValueError if a config names an attention implementation that is code on the hub."""
+    """Raise a ValueError if a config names an attention implementation that may be code on the hub."""
     for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
-        implementation = getattr(part, "_attn_implementation", None)
-        for name in implementation.values() if isinstance(implementation, dict) else [implementation]:
-            _refuse_kernel(where, name)
+        _refuse_kernel(where, getattr(part, "_attn_implementation", None))
 
 
 def refuse_bad_weights(where: str, model: nn.Module, **hub_kwargs: Any) -> None:
@@ -107,26 +130,95 @@ def refuse_bad_weights(where: str, model: nn.Module, **hub_kwargs: Any) -> None:
 
     transformers would make floats of integers, and leave out the imaginary part of complex numbers.
     """
+    parameters = {f".{name}" for name, _ in model.named_parameters()}
     quantised = any(getattr(module, "is_quantized", False) for module in model.modules())
     for file in () if quantised else _files(where, "*.safetensors", **hub_kwargs):
-        with safe_open(file, framework="pt") as stored:
-            names = [name for name in stored.keys() if name.endswith((".weight", ".bias"))]  # noqa: SIM118
-            for name in names:
-                if (dtype := stored.get_slice(name).get_dtype()).startswith(("I", "U", "BOOL", "C")):
-                    raise ValueError(f"{file}: {name} holds {dtype}, no floating-point numbers")
+        try:
+            formats = _formats(file)
+        except SafetensorError:
+            # Not one that was loaded.
+            continue
+        for name, number_format in formats.items():
+            # Checkpoints of a model with a head begin their names with the encoder's.
+            ends = (f".{name}", f".{name.partition('.')[2]}")
+            if number_format.startswith(("I", "U", "BOOL", "C")) and any(p.endswith(ends) for p in parameters):
+                raise ValueError(f"{file}: {name} holds {number_format}, no floating-point numbers")
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not tensor.is_meta and not tensor.isfinite().all():
             raise ValueError(f"{where}: {name} holds NaN or infinite values")
 
 
-def refuse_bombs(folder: str) -> None:
-    """Raise a ValueError if a JSON file of a folder is larger than any that a model needs."""
-    for file in _files(folder, "*.json"):
-        if file.stat().st_size > _MOST_JSON:
-            size = file.stat().st_size / 2**20
-            raise ValueError(
-                f"{file} has {size:,.0f} MiB, more than the {_MOST_JSON // 2**20} that st_linear.load reads"
-            )
+def _formats(file: Path) -> dict[str, str]:
+    with safe_open(file, framework="pt") as stored:
+        names = stored.keys()
+        return {name: stored.get_slice(name).get_dtype() for name in names}
+
+
+def _refuse_bad_files(path: str, **hub_kwargs: Any) -> None:
+    """Raise a ValueError at what can be seen of files before they are loaded."""
+    folder = Path(path)
+    if folder.is_dir():
+        for file in folder.rglob("*.json"):
+            if file.is_file() and (size := file.stat().st_size) > _MOST_JSON:
+                raise ValueError(
+                    f"{file} has {size / 2**20:,.0f} MiB; a model's JSON has {_MOST_JSON // 2**20} at most"
+                )
+        for file in folder.rglob("*.bin"):
+            _refuse_pickle_bomb(file, _allowed_bytes(path))
+        configs = [str(file) for name in (*_CONFIGS, "*.index.json") for file in folder.rglob(name)]
+    else:
+        found = [load_file_path(path, name, **hub_kwargs) for name in _CONFIGS]
+        configs = [file for file in found if file is not None]
+    for config in configs:
+        try:
+            content = json.loads(Path(config).read_bytes())
+        except (ValueError, RecursionError):
+            # Who needs it says so.
+            continue
+        for key, value in _entries(content):
+            _refuse_entry(config, key, value)
+
+
+def _entries(content: Any) -> Iterator[tuple[str, Any]]:
+    """Every key and value of a JSON value, at whatever depth."""
+    left = [content]
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            yield from value.items()
+        if isinstance(value, (dict, list)):
+            left += value.values() if isinstance(value, dict) else value
+
+
+def _refuse_entry(where: str, key: str, value: Any) -> None:
+    if key in _MOST and isinstance(value, (int, float)) and value > _MOST[key]:
+        raise ValueError(f"{where}: {key}={value} is more than {_MOST[key]:,}")
+    if key in _OUTSIDE:
+        for name in value.values() if isinstance(value, dict) else [value]:
+            if isinstance(name, str) and (os.path.isabs(name) or ".." in Path(name).parts):
+                raise ValueError(f"{where}: {key} names {name!r}, which lies outside the folder")
+    if key in _ACTIVATIONS and isinstance(value, str) and value.startswith("torch."):
+        module, _, name = value.rpartition(".")
+        kind = getattr(nn, name, None)
+        if not module.startswith("torch.nn") or not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+            raise ValueError(f"{where}: {key}={value!r} is no torch.nn.Module")
+
+
+def _refuse_pickle_bomb(file: Path, allowed: int) -> None:
+    """Refuse a file of torch's that is compressed, or whose tensors are larger than what it stores."""
+    try:
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                stored = sum(entry.file_size for entry in archive.infolist())
+        else:
+            stored = file.stat().st_size
+        tensors = [] if stored > allowed else tree_leaves(torch.load(file, map_location="meta", weights_only=True))
+    except Exception:
+        # Who loads it says what is wrong with it, under the same restrictions.
+        return
+    needed = max(stored, sum(leaf.numel() * leaf.itemsize for leaf in tensors if isinstance(leaf, Tensor)))
+    if needed > allowed:
+        raise ValueError(f"{file} unfolds to {needed / 2**20:,.0f} MiB, its folder holds much less")
 
 
 def _refuse_requests(where: str, kwargs: dict[str, Any], own: Collection[str]) -> None:
@@ -140,11 +232,12 @@ def _refuse_requests(where: str, kwargs: dict[str, Any], own: Collection[str]) -
 
 
 def _refuse_kernel(where: str, implementation: Any) -> None:
-    if isinstance(implementation, str) and "/" in implementation:
-        raise ValueError(
-            f"{where}: its files name the attention implementation {implementation!r}, code from the hub, which "
-            "st_linear.load does not run"
-        )
+    for name in tree_leaves(implementation):
+        if name not in _ATTENTION and name != "st_linear":
+            raise ValueError(
+                f"{where}: the attention implementation {name!r} may be code from the hub; if you trust it, pass it "
+                "yourself (model_kwargs)"
+            )
 
 
 class _NoMoreThanFiles(TorchDispatchMode):
@@ -152,13 +245,13 @@ class _NoMoreThanFiles(TorchDispatchMode):
 
     Args:
         where: What is loaded.
-        files: Gives the bytes of its files, which may be there only when they have been read.
+        allowed: Gives the bytes that may be taken; asked late, as a hub model's files come while they are read.
     """
 
-    def __init__(self, where: str, files: Callable[[], int]) -> None:
+    def __init__(self, where: str, allowed: Callable[[], int]) -> None:
         super().__init__()
         self.where = where
-        self.files = files
+        self.allowed = allowed
         self.tensors = 0
         self.bytes = 0
 
@@ -176,17 +269,20 @@ class _NoMoreThanFiles(TorchDispatchMode):
             self.tensors += 1
             if self.tensors > _MOST_TENSORS:
                 raise ValueError(f"{self.where} asks for more than {_MOST_TENSORS:,} tensors")
-        numbers = [leaf for leaf in leaves if isinstance(leaf, int) and leaf > 0]
         device = kwargs.get("device") or (tensors[0].device if tensors else None)
-        if (device is not None and torch.device(device).type == "meta") or (
-            math.prod(numbers) < _BIG and all(tensor.numel() < _BIG for tensor in tensors)
-        ):
+        if device is not None and torch.device(device).type == "meta":
+            return
+        # No operation makes more of its arguments than all their products.
+        sizes: list[float] = [tensor.numel() for tensor in tensors]
+        sizes += [abs(leaf) for leaf in leaves if isinstance(leaf, (int, float)) and abs(leaf) > 1]
+        if sum(sizes) < _BIG and math.prod(size for size in sizes if size) < _BIG:
             return
         planned = _planned(func, args, kwargs)
         self.bytes += sum(leaf.numel() * leaf.itemsize for leaf in tree_leaves(planned) if isinstance(leaf, Tensor))
-        if self.bytes > _SLACK and self.bytes > _SLACK + _TIMES_THE_FILES * (held := self.files()):
+        if self.bytes > _SLACK and self.bytes > (allowed := self.allowed()):
             raise ValueError(
-                f"{self.where} asks for {self.bytes / 2**20:,.0f} MiB of memory, its files hold {held / 2**20:,.1f}"
+                f"{self.where} asks for {self.bytes / 2**20:,.0f} MiB of memory, its files give reason for "
+                f"{allowed / 2**20:,.0f}"
             )
 
 
@@ -212,11 +308,16 @@ def _files(path: str, pattern: str = "*", **hub_kwargs: Any) -> list[Path]:
     """Files of a folder, or those of a hub model that are in the cache."""
     folder = Path(path)
     if not folder.is_dir():
-        found = load_file_path(path, "config.json", **hub_kwargs)
-        if found is None:
+        found = (load_file_path(path, name, **hub_kwargs) for name in ("modules.json", "config.json"))
+        first = next(filter(None, found), None)
+        if first is None:
             return []
-        folder = Path(found).parent
+        folder = Path(first).parent
     return [file for file in folder.rglob(pattern) if file.is_file()]
+
+
+def _allowed_bytes(path: str, **hub_kwargs: Any) -> int:
+    return _SLACK + _TIMES_THE_FILES * sum(file.stat().st_size for file in _files(path, **hub_kwargs))
 
 
 @contextmanager
@@ -224,8 +325,13 @@ def _in_one_line(path: str) -> Iterator[None]:
     """Errors of a line, and of kinds that a caller can expect, whatever the libraries raise at damaged files."""
     try:
         yield
-    except (OSError, ImportError, MemoryError, torch.OutOfMemoryError):
+    except (ImportError, MemoryError, torch.OutOfMemoryError):
         raise
+    except OSError as error:
+        if "\n" not in str(error):
+            raise
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
+        raise kind(f"{path} can't be loaded: {' '.join(str(error).split())}") from error
     except ValueError as error:
         message = str(error)
         if "\n" not in message:

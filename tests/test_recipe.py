@@ -4,6 +4,9 @@ import csv
 import logging
 import math
 import random
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -504,6 +507,24 @@ class TestCrash:
         assert st_linear.load(str(tmp_path / "model"))[0].window == 4
 
 
+# Saves two models to one folder, in turn, until it is killed.
+SAVE_FOR_EVER = """
+import sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+import st_linear
+from st_linear.models import save_model
+
+folder = Path(sys.argv[1])
+models = [st_linear.load(source) for source in sys.argv[2:]]
+print("ready", flush=True)
+while True:
+    for model in models:
+        save_model(model, folder)
+"""
+
+
 @pytest.fixture(scope="module")
 def models(bert: str) -> dict[int, SentenceTransformer]:
     return {window: st_linear.convert(bert, feature_map="elu", window=window) for window in (4, 5)}
@@ -542,6 +563,7 @@ class TestSaveModel:
             return rename(self, target)
 
         with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(st_linear.models, "_exchange", lambda *_: False)
             patch.setattr(Path, "rename", stop)
             with pytest.raises(Crash):
                 save_model(models[5], tmp_path / "model")
@@ -552,6 +574,37 @@ class TestSaveModel:
         save_model(models[5], tmp_path / "model")
         assert st_linear.load(str(tmp_path / "model"))[0].window == 5
         assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="two steps elsewhere")
+    def test_the_exchange_has_one_step(self, models: dict[int, SentenceTransformer], tmp_path: Path) -> None:
+        save_model(models[4], tmp_path / "model")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Path, "rename", crash)
+            save_model(models[5], tmp_path / "model")
+        assert st_linear.load(str(tmp_path / "model"))[0].window == 5
+        assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+    @pytest.mark.slow
+    @pytest.mark.skipif(sys.platform != "linux", reason="two steps elsewhere")
+    def test_killed_at_random_moments_it_leaves_the_old_model_or_the_new_one(
+        self, models: dict[int, SentenceTransformer], tmp_path: Path
+    ) -> None:
+        folders = [tmp_path / name for name in ("model", "four", "five")]
+        for folder, window in zip(folders, (4, 4, 5)):
+            save_model(models[window], folder)
+        draw, seen = random.Random(0), set()
+        command = [sys.executable, "-c", SAVE_FOR_EVER, *map(str, folders)]
+        for _ in range(30):
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=tmp_path)
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"ready\n"
+            time.sleep(draw.uniform(0, 1))
+            process.kill()
+            process.communicate()
+            seen.add(st_linear.load(str(tmp_path / "model"))[0].window)
+        assert seen == {4, 5}
+        save_model(models[4], tmp_path / "model")
+        assert sorted(tmp_path.iterdir()) == sorted(folders)
 
     def test_it_takes_nobodys_files(self, models: dict[int, SentenceTransformer], tmp_path: Path) -> None:
         (tmp_path / "thesis.txt").write_text("years of work")

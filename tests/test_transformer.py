@@ -338,6 +338,23 @@ class TestTraining:
         torch.testing.assert_close(gradients(True), expected)
 
 
+class TestDataParallel:
+    def test_it_is_refused_where_it_would_be_wrong(self, bert: str, texts: list[str]) -> None:
+        encoder = LinearTransformer(bert, **SETTINGS).eval()
+        with refused("DataParallel takes packed texts apart: use a process for each GPU"):
+            encoder._replicate_for_data_parallel()(encoder.preprocess(texts))
+
+    def test_padded_texts_are_taken_apart_by_rows(self, bert: str, texts: list[str]) -> None:
+        encoder = LinearTransformer(bert, **SETTINGS).eval()
+        encoder.unpad_inputs = False
+        features = encoder.preprocess(texts)
+        with torch.no_grad():
+            whole = encoder(features)["token_embeddings"]
+            for rows in (slice(0, 2), slice(2, None)):
+                part = {name: value[rows] if isinstance(value, Tensor) else value for name, value in features.items()}
+                torch.testing.assert_close(encoder(part)["token_embeddings"], whole[rows], rtol=0, atol=1e-5)
+
+
 class TestSaving:
     def test_the_class_path_is_golden(self, saved: Path) -> None:
         first, *others = json.loads((saved / "modules.json").read_text(encoding="utf-8"))

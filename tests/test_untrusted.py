@@ -12,6 +12,7 @@ import pickle
 import random
 import resource
 import shutil
+import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -24,7 +25,8 @@ from conftest import WORDS, refused
 from safetensors.torch import load_file, save_file
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.base.modules import Dense, Transformer
-from sentence_transformers.sentence_transformer.modules import Pooling
+from sentence_transformers.sentence_transformer.modules import Pooling, WordEmbeddings
+from sentence_transformers.sentence_transformer.modules.tokenizer import WhitespaceTokenizer
 from test_recipe import write_pairs
 
 import st_linear
@@ -34,6 +36,7 @@ from st_linear.data import load_pairs
 from st_linear.pair_head import DSEHead
 from st_linear.study.config import read_study
 from st_linear.teachers import load_teacher, read_mined_pairs, read_teacher_scores
+from st_linear.untrusted import guarded
 
 NESTED = "[" * 100_000 + "]" * 100_000
 LINE_OF_A_MEGABYTE = "bo di " * 170_000
@@ -79,7 +82,7 @@ def change(file: Path, **values: Any) -> None:
 class TestCode:
     """What would run code from elsewhere."""
 
-    KERNEL = "its files name the attention implementation 'some/kernel', code from the hub"
+    KERNEL = "the attention implementation 'some/kernel' may be code from the hub"
 
     @pytest.mark.parametrize("folder", ["plain", "linear"])
     @pytest.mark.parametrize(
@@ -103,6 +106,9 @@ class TestCode:
         ("asked", "message"),
         [
             ({"attn_implementation": "some/kernel"}, KERNEL),
+            ({"attn_implementation": {"": "some/kernel"}}, KERNEL),
+            ({"attn_implementation": "flash_attention_2"}, "'flash_attention_2' may be code from the hub"),
+            ({"attn_implementation": "paged|eager"}, "'paged|eager' may be code from the hub"),
             ({"allow_all_kernels": True}, "its files ask for allow_all_kernels=True, which st_linear.load takes from"),
             ({"use_kernels": True}, "its files ask for use_kernels=True"),
             ({"kernel_config": {}}, "its files ask for kernel_config={}"),
@@ -150,6 +156,43 @@ class TestCode:
             st_linear.load(str(path))
         assert not marker.exists()
 
+    @pytest.mark.parametrize(
+        ("name", "values"),
+        [
+            ("model.safetensors.index.json", {"weight_map": {"a": "../outside/model.safetensors"}}),
+            ("sentence_bert_config.json", {"tokenizer_name_or_path": "/etc"}),
+            ("sentence_bert_config.json", {"tokenizer_name_or_path": "../outside"}),
+        ],
+    )
+    def test_names_that_lead_out(self, name: str, values: Any, plain: Path, copied: Any) -> None:
+        path = copied(plain)
+        if not (path / name).exists():
+            (path / name).write_text("{}")
+        change(path / name, **values)
+        with refused(f"{path / name}: {next(iter(values))} names "):
+            st_linear.load(str(path))
+
+    def test_a_tokenizer_that_is_not_there(self, plain: Path, copied: Any) -> None:
+        path = copied(plain)
+        change(path / "sentence_bert_config.json", tokenizer_name_or_path="some/repo")
+        with refused(f"{path} can't be loaded", OSError):
+            st_linear.load(str(path))
+
+    @pytest.mark.parametrize("name", ["torch.utils.collect_env.main", "torch.nn.init.zeros_", "torch.nn.Nothing"])
+    def test_activations_of_teachers(self, name: str, bert: str, tmp_path: Path) -> None:
+        CrossEncoder(bert, num_labels=1).save_pretrained(str(tmp_path))
+        for file, values in (
+            ("config_sentence_transformers.json", {"activation_fn": name}),
+            ("config.json", {"sentence_transformers": {"activation_fn": name}}),
+            ("config.json", {"sbert_ce_default_activation_function": name}),
+        ):
+            before = (tmp_path / file).read_text()
+            change(tmp_path / file, **values)
+            with refused(f"={name!r} is no torch.nn.Module"):
+                load_teacher(str(tmp_path))
+            (tmp_path / file).write_text(before)
+        load_teacher(str(tmp_path))
+
     @pytest.mark.parametrize("where", ["../outside", "/etc", "1_Pooling/../../outside"])
     def test_paths_that_lead_out(self, where: str, plain: Path, copied: Any) -> None:
         path = copied(plain)
@@ -179,7 +222,10 @@ MEMORY = [
     ("plain", "config.json", {"intermediate_size": HUGE}),
     ("plain", "config.json", {"max_position_embeddings": HUGE}),
     ("plain", "config.json", {"num_hidden_layers": 10**7}),
+    ("plain", "config.json", {"num_labels": 10**9}),
     ("plain", "sentence_bert_config.json", {"config_kwargs": {"vocab_size": HUGE}}),
+    ("plain", "sentence_bert_config.json", {"config_kwargs": {"num_labels": 10**9}}),
+    ("plain", "tokenizer_config.json", {"tokenizer_class": "T5Tokenizer", "extra_ids": 10**9}),
     ("plain", "2_Dense/config.json", {"in_features": 10**6, "out_features": 10**6}),
     ("linear", "config.json", {"vocab_size": HUGE}),
     ("linear", "config.json", {"max_position_embeddings": HUGE}),
@@ -221,8 +267,40 @@ class TestMemory:
             st_linear.load(str(path))
         with (path / name).open("wb") as file:
             file.truncate(2**33)
-        with refused(f"{path / name} has 8,192 MiB, more than the 64 that st_linear.load reads"):
+        with refused(f"{path / name} has 8,192 MiB; a model's JSON has 64 at most"):
             st_linear.load(str(path))
+
+    @pytest.mark.parametrize("compressed", [False, True])
+    def test_pickles_that_unfold(self, compressed: bool, plain: Path, copied: Any) -> None:
+        path = copied(plain)
+        file = path / "2_Dense" / "pytorch_model.bin"
+        (path / "2_Dense" / "model.safetensors").unlink()
+        rows = torch.zeros(1, 1).expand(3 * 10**7, 32)
+        torch.save({"linear.weight": torch.zeros(10**8) if compressed else rows}, file)
+        if compressed:
+            with zipfile.ZipFile(file) as archive:
+                entries = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+            with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+                for name, content in entries.items():
+                    archive.writestr(name, content)
+        assert file.stat().st_size < 2**20
+        with refused(f"{file} unfolds to "):
+            st_linear.load(str(path))
+
+    @pytest.mark.parametrize(
+        "take",
+        [
+            lambda: torch.arange(20_000, dtype=torch.int32)[:, None] - torch.arange(20_000, dtype=torch.int32)[None],
+            lambda: torch.cat([torch.ones(65_000)] * 4000),
+            lambda: torch.arange(3e8),
+            lambda: torch.ones(1).expand(10**9).clone(),
+            lambda: torch.zeros(30_000, 30_000),
+            lambda: [torch.zeros(10**7) for _ in range(100)],
+        ],
+    )
+    def test_operations_of_any_kind_are_counted(self, take: Callable[[], Any], plain: Path) -> None:
+        with refused(f"{plain} asks for "), guarded(str(plain)):
+            take()
 
     def test_what_memory_is_needed_is_given(self, family: str, tmp_path: Path) -> None:
         """Encoders of every family at 8,192 tokens, many features, tables that were extended: none is refused."""
@@ -231,7 +309,68 @@ class TestMemory:
         assert st_linear.load(str(tmp_path / "saved")).max_seq_length == 8192
 
 
+class TestNobodyElseIsAsked:
+    """Models and callers that are right are not refused."""
+
+    def test_other_threads_load_as_ever(self, plain: Path) -> None:
+        before = Transformer._load_model
+        loaded: list[Any] = []
+
+        def load() -> None:
+            loaded.append(SentenceTransformer(str(plain), model_kwargs={"use_kernels": False}))
+
+        with guarded(str(plain)):
+            thread = threading.Thread(target=load)
+            thread.start()
+            thread.join()
+        assert len(loaded) == 1
+        threads = [threading.Thread(target=lambda: loaded.append(st_linear.load(str(plain)))) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(loaded) == 5
+        assert Transformer._load_model is before
+
+    def test_buffers_and_files_that_are_not_loaded_may_hold_integers(self, plain: Path, copied: Any) -> None:
+        path = copied(plain)
+        tensors = load_file(path / "model.safetensors")
+        tensors["embeddings.position_ids"] = torch.arange(64)[None]
+        tensors["encoder.layer.0.attention.bias"] = torch.ones(2, 2, dtype=torch.bool)
+        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+        (path / "onnx").mkdir()
+        (path / "onnx" / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+        st_linear.load(str(path))
+
+    def test_a_model_from_the_cache_of_the_hub(self, tmp_path: Path) -> None:
+        """Its root has no config.json, and more weights than may be taken without a reason."""
+        words = WordEmbeddings(WhitespaceTokenizer([f"w{i}" for i in range(300_000)]), torch.zeros(300_000, 300))
+        folder = tmp_path / "models--me--words" / "snapshots" / ("0" * 40)
+        SentenceTransformer(modules=[words, Pooling(300, "mean")]).save_pretrained(str(folder))
+        (tmp_path / "models--me--words" / "refs").mkdir()
+        (tmp_path / "models--me--words" / "refs" / "main").write_text("0" * 40)
+        model = st_linear.load("me/words", cache_folder=str(tmp_path), local_files_only=True)
+        assert model.encode("w1").shape == (300,)
+
+    def test_a_caller_may_want_other_sizes(self, plain: Path) -> None:
+        wanted = {"config_kwargs": {"vocab_size": 50}, "model_kwargs": {"ignore_mismatched_sizes": True}}
+        assert st_linear.load(str(plain), **wanted)[0].model.config.vocab_size == 50
+        with refused("embeddings.word_embeddings.weight has shape (45, 32), expected (50, 32) by the config"):
+            st_linear.load(str(plain), config_kwargs={"vocab_size": 50})
+
+
 class TestWeights:
+    def test_of_teachers(self, bert: str, tmp_path: Path) -> None:
+        CrossEncoder(bert, num_labels=1).save_pretrained(str(tmp_path))
+        tensors = load_file(tmp_path / "model.safetensors")
+        for value, message in (
+            (torch.full((1, 32), torch.nan), "classifier.weight holds NaN"),
+            (torch.ones(1, 32).long(), "holds I64"),
+        ):
+            save_file({**tensors, "classifier.weight": value}, tmp_path / "model.safetensors")
+            with refused(message):
+                load_teacher(str(tmp_path))
+
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
     @pytest.mark.parametrize(
         ("folder", "name"), [("plain", "model.safetensors"), ("linear", WEIGHTS_NAME), ("linear", "model.safetensors")]

@@ -381,8 +381,6 @@ def _distil(
         save_total_limit=2,
         disable_tqdm=True,
     )
-    # Several GPUs in one process would be DataParallel, which takes packed texts apart.
-    arguments._n_gpu = min(arguments.n_gpu, 1)
     set_seed(cell.seed)
     before = _memory_before()
     distil_pairs(curve, _labelled(train), arguments, settings, callbacks=[watch], checkpoint=checkpoint)
