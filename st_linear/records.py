@@ -27,7 +27,8 @@ def environment() -> dict[str, Any]:
 
     Returns:
         The versions of ``st_linear``, ``torch``, ``transformers``, ``sentence_transformers`` and ``python``;
-        ``platform``, ``device`` (the accelerator, else the processor) and ``threads``; ``variables`` of the
+        ``platform``, ``device`` (the accelerator, else the processor), ``instructions`` of the processor that torch
+        uses, ``bfloat16`` (whether the device multiplies it in hardware) and ``threads``; ``variables`` of the
         environment that change how memory is allocated and threads run, where they are set; ``git_commit`` and
         ``git_dirty`` (tracked files differ from that commit) of the checkout that st_linear is imported from, both
         None outside a checkout; ``time_utc`` in ISO 8601.
@@ -42,12 +43,28 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": _device_name(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "bfloat16": has_bfloat16(),
         "threads": torch.get_num_threads(),
         "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
         "git_commit": commit,
         "git_dirty": dirty,
         "time_utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def has_bfloat16(device: torch.device | None = None) -> bool:
+    """
+    Whether a device multiplies bfloat16 in hardware: elsewhere it is slower than float32, up to seven times.
+
+    Args:
+        device: None = the GPU if there is one, else the CPU.
+    """
+    if device is None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
 def peak_memory_mib() -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
 import time
@@ -17,9 +18,11 @@ from transformers import TrainerCallback
 
 from st_linear.data import token_counts
 from st_linear.losses import DistillationLoss
-from st_linear.records import read_json, write_json
+from st_linear.records import has_bfloat16, read_json, write_json
 from st_linear.settings import Settings
 from st_linear.transfer import on_one_device, run_trainer
+
+logger = logging.getLogger(__name__)
 
 _CURVE = "curve.json"
 
@@ -138,6 +141,8 @@ def training_arguments(output: Path, settings: Settings, **options: Any) -> Sent
         "use_cpu": not torch.accelerator.is_available(),
         "seed": settings.seed,
     }
+    if settings.half and not torch.accelerator.is_available() and not has_bfloat16():
+        logger.warning("This processor has no instructions for bfloat16: training in half precision is slower here.")
     return on_one_device(SentenceTransformerTrainingArguments(**(defaults | options)))
 
 

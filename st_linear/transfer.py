@@ -25,7 +25,7 @@ from st_linear.data import evenly_spaced, passages
 from st_linear.evaluation import FidelityEvaluator
 from st_linear.losses import AttentionTransferLoss, Target, check_choice
 from st_linear.models import convert
-from st_linear.records import as_json, digest, environment, read_json, write_json
+from st_linear.records import as_json, digest, environment, has_bfloat16, read_json, write_json
 from st_linear.transformer import LinearTransformer
 
 logger = logging.getLogger(__name__)
@@ -246,7 +246,7 @@ def _train(
         weight_decay=0.0,
         max_grad_norm=0.5,
         use_cpu=model.device.type == "cpu",
-        bf16=_has_bfloat16(model.device) if settings.half is None else settings.half,
+        bf16=has_bfloat16(model.device) if settings.half is None else settings.half,
         eval_strategy="steps",
         eval_steps=every,
         save_strategy="steps",
@@ -412,10 +412,3 @@ def _check_lengths(settings: TransferSettings, window: int, max_seq_length: int 
 def _figures(fidelity: FidelityEvaluator, model: SentenceTransformer) -> dict[str, dict[str, float]]:
     fidelity(model)
     return {str(length): figures for length, figures in fidelity.results.items()}
-
-
-def _has_bfloat16(device: torch.device) -> bool:
-    """Whether a device multiplies bfloat16 in hardware: elsewhere it is slower than float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()

@@ -667,7 +667,11 @@ class TestTeacher:
         assert found.name == f"CrossEncoder trained here from {bert}"
         assert CrossEncoder(str(tmp_path / "teacher")).num_labels == 1
         monkeypatch.setattr(recipe, "train_teacher", crash)
-        assert prepare() == found
+        kept = prepare()
+        assert (kept.name, kept.mined) == (found.name, found.mined)
+        # Weights read from a file lie elsewhere in memory, where some processors sum in another order.
+        for split, scores in found.scores.items():
+            assert kept.scores[split] == pytest.approx(scores, abs=1e-6)
         for changed in (
             {"settings": replace(SETTINGS, seed=1)},
             {"pairs": replace(pairs, train=pairs.train.select(range(19)))},

@@ -15,6 +15,7 @@ from st_linear import records
 from st_linear.records import (
     atomic_path,
     environment,
+    has_bfloat16,
     read_json,
     write_json,
     write_text,
@@ -31,6 +32,8 @@ def test_environment_is_json_and_says_where_we_are(monkeypatch: pytest.MonkeyPat
     assert told["python"] == ".".join(map(str, sys.version_info[:3]))
     assert told["threads"] == torch.get_num_threads()
     assert told["device"]
+    assert told["instructions"] == torch.backends.cpu.get_cpu_capability()
+    assert told["bfloat16"] is has_bfloat16()
     assert told["variables"] == {"THP_MEM_ALLOC_ENABLE": "1"}
     assert datetime.fromisoformat(told["time_utc"]).utcoffset() == timedelta(0)
     assert all(told[name][0].isdigit() for name in ("transformers", "sentence_transformers"))

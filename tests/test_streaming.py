@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_attention import (
     FORMS,
@@ -271,11 +271,6 @@ def draws(count: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
     return lambda test: profile(given(case=cases())(test))
 
 
-@draws(1000)
-def test_equals_the_reference_in_float64(case: Case) -> None:
-    check(case, torch.float64)
-
-
 TINY_WEIGHTS = Case(
     kind="linear",
     map_name="t2r",
@@ -296,21 +291,23 @@ TINY_WEIGHTS = Case(
 )
 
 
-@example(case=TINY_WEIGHTS)
-@example(case=TINY_WEIGHTS._replace(scale=0.30078125))
-@draws(600)
-def test_equals_the_reference_in_float32(case: Case) -> None:
-    check(case, torch.float32)
+CASES = {torch.float64: 1000, torch.float32: 600, torch.bfloat16: 300, torch.float16: 200}
+"""How many are drawn in all; the fast suite draws a fifth of them."""
 
 
-@draws(300)
-def test_bfloat16_is_as_good_as_autocast(case: Case) -> None:
-    check(case, torch.bfloat16)
+@pytest.mark.parametrize("share", [pytest.param(5, id="some"), pytest.param(1, id="all", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", CASES, ids=str)
+def test_equals_the_reference(dtype: torch.dtype, share: int) -> None:
+    @draws(CASES[dtype] // share)
+    def test(case: Case) -> None:
+        check(case, dtype)
+
+    test()
 
 
-@draws(200)
-def test_float16_is_as_good_as_autocast(case: Case) -> None:
-    check(case, torch.float16)
+@pytest.mark.parametrize("scale", [TINY_WEIGHTS.scale, 0.30078125])
+def test_weights_that_are_tiny(scale: float) -> None:
+    check(TINY_WEIGHTS._replace(scale=scale), torch.float32)
 
 
 @pytest.mark.gpu

@@ -165,6 +165,16 @@ class TestRecords:
         assert curves[0][0] != curves[0][-1]
         assert curves[1] == [pytest.approx(point, abs=1e-4) for point in curves[0]]
 
+    @pytest.mark.parametrize("has", [False, True])
+    def test_half_precision_without_instructions_for_it_is_told(
+        self, config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has: bool
+    ) -> None:
+        monkeypatch.setattr(runner, "has_bfloat16", lambda: has)
+        half = {**config, "training": {**config["training"], "half": True}}
+        said: list[str] = []
+        assert len(run(Study.model_validate(half), tmp_path, engine="inline", seconds=0, say=said.append).unfinished)
+        assert any("has no instructions for bfloat16" in line for line in said) != has
+
     def test_parts_of_steps_need_whole_steps(self, config: dict[str, Any], tmp_path: Path) -> None:
         few = {**config, "grid": {"attention": "softmax", "length": 16, "pairs_at_once": 2}}
         (message,) = run(Study.model_validate(few), tmp_path, engine="inline").failed.values()
@@ -235,6 +245,7 @@ class TestKills:
         assert process.returncode == 0
         assert comparable(broken / "out") == comparable(whole / "out")
 
+    @pytest.mark.slow
     def test_a_cell_ends_with_the_study_that_started_it(
         self, done: Path, config: dict[str, Any], tmp_path: Path
     ) -> None:
@@ -249,6 +260,7 @@ class TestKills:
         assert len(summary.finished) == 5
         assert comparable(tmp_path / "out") == comparable(done)
 
+    @pytest.mark.slow
     def test_two_runs_of_one_folder_share_its_cells(self, done: Path, config: dict[str, Any], tmp_path: Path) -> None:
         (tmp_path / "second").mkdir()
         (tmp_path / "out").mkdir()
@@ -374,6 +386,7 @@ class TestFailures:
 
 
 class TestEngines:
+    @pytest.mark.slow
     def test_two_ray_workers_give_the_same_records(self, done: Path, config: dict[str, Any], tmp_path: Path) -> None:
         ray = pytest.importorskip("ray")
         ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)

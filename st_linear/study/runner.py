@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from st_linear.records import as_json, read_json, write_json
+import torch
+
+from st_linear.records import as_json, has_bfloat16, read_json, write_json
 from st_linear.study.cells import Job, OnStep, Outcome, one_line
 from st_linear.study.config import STUDY, Cell, Study
 from st_linear.study.engines import ENGINES
@@ -101,6 +103,8 @@ def run(
                 states[cell] = None
     if any(states.values()):
         say(f"{sum(map(bool, states.values()))} of {len(cells)} cells have a record: not run again")
+    if study.training.half and not torch.accelerator.is_available() and not has_bfloat16():
+        say("[yellow]This processor has no instructions for bfloat16: training.half makes cells slower here.[/yellow]")
     board = _Board(cells, states, progress, say)
     while pending := [cell for cell in cells if board.is_pending(cell)]:
         runs = (
