@@ -20,10 +20,10 @@ from st_linear.attention import linear_attention_reference, near_far_attention_r
 
 MAPS = [name for name in feature_map_names() if name != "softmax"]
 FORMS = list(product(MAPS, (0, 64)))
-LENGTHS = (1, 2, 65, 129, 512, 2048, 8192)
+LENGTHS = (1, 65, 200, 1024, 8192)
 PRECISIONS = ("float32", "bfloat16", "float16", "autocast")
-LONGEST_OF_PLAIN = 2048
-"""Beyond it the plain form takes too much memory: embeddings of longer texts are measured by its error there."""
+LONGEST_OF_PLAIN = 1024
+"""Beyond it the plain form takes too long: embeddings of longer texts are measured by its error there."""
 MORE_THAN_PLAIN = 3
 """How many times the plain form's error: of token embeddings, and of gradients, each as a whole."""
 
@@ -66,7 +66,8 @@ def outcome(encoder: LinearTransformer, features: dict[str, Any]) -> tuple[Tenso
     tokens = output["token_embeddings"][features["attention_mask"].bool()]
     direction = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     (tokens.double() * direction).sum().backward()
-    gradients = [p.grad.double().flatten() for p in encoder.parameters() if p.grad is not None]
+    # What a text within the window has no use for has none.
+    gradients = [(torch.zeros_like(p) if p.grad is None else p.grad).double().flatten() for p in encoder.parameters()]
     return tokens.detach().double().flatten(), torch.cat(gradients)
 
 
@@ -88,29 +89,33 @@ def plain_attention() -> Iterator[None]:
         yield
 
 
-def errors(base: str, form: tuple[str, int], precision: str, features: dict[str, Any], plain: bool) -> list[float]:
-    """Relative errors of embeddings and of gradients against the definition, or our form, in float64."""
-    how = plain_attention() if plain else nullcontext()
-    with how:
-        expected = outcome(make(base, *form).double(), features)
-        encoder = make(base, *form)
-        with in_precision(encoder, precision):
-            actual = outcome(encoder, features)
-    assert all(part.isfinite().all() for part in actual)
-    return [float((a - e).norm() / e.norm()) for a, e in zip(actual, expected)]
+def in_format(base: str, form: tuple[str, int], precision: str, features: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    encoder = make(base, *form)
+    with in_precision(encoder, precision):
+        found = outcome(encoder, features)
+    assert all(part.isfinite().all() for part in found)
+    return found
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+def distances(actual: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) -> list[float]:
+    """Relative errors of embeddings and of gradients."""
+    return [float((a - e).norm() / e.norm()) for a, e in zip(actual, exact)]
+
+
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_little_more_is_lost_than_by_the_plain_form(form: tuple[str, int], precision: str, bert: str) -> None:
+def test_little_more_is_lost_than_by_the_plain_form(form: tuple[str, int], bert: str) -> None:
+    lost: dict[str, list[float]] = {}
     for length in LENGTHS:
         for features in batches(length):
-            ours = errors(bert, form, precision, features, plain=False)
-            if length <= LONGEST_OF_PLAIN:
-                theirs = errors(bert, form, precision, features, plain=True)
-                assert all(a <= MORE_THAN_PLAIN * b for a, b in zip(ours, theirs)), (length, ours, theirs)
-            else:
-                assert ours[0] <= MORE_THAN_PLAIN * theirs[0], (length, ours, theirs)
+            plain = length <= LONGEST_OF_PLAIN
+            with plain_attention() if plain else nullcontext():
+                exact = outcome(make(bert, *form).double(), features)
+                if plain:
+                    lost = {p: distances(in_format(bert, form, p, features), exact) for p in PRECISIONS}
+            for precision in PRECISIONS:
+                ours = distances(in_format(bert, form, precision, features), exact)
+                compared = list(zip(ours, lost[precision]))[: 2 if plain else 1]
+                assert all(a <= MORE_THAN_PLAIN * b for a, b in compared), (precision, length, ours, lost[precision])
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
