@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from sentence_transformers.util import load_file_path
 from torch import Tensor, nn
 
-from st_linear.checkpoints import read_json_file, read_shapes
+from st_linear.checkpoints import read_header, read_json_file
 from st_linear.conversion import check_settings, is_integer, split_state_dict
 from st_linear.records import atomic_path, write_json
 
@@ -101,7 +101,7 @@ class Adapter:
             raise ValueError(f"{source}: {CONFIG_NAME} is damaged ({error!r})") from error
         # Features are drawn before the tensors are read: none that they can't have.
         features = (settings["feature_map_kwargs"] or {}).get("num_features", 0)
-        largest = max((side for shape in read_shapes(weights) for side in shape), default=0)
+        largest = max((side for _, shape in read_header(weights).values() for side in shape), default=0)
         if is_integer(features) and features > max(largest, _FEW_FEATURES):
             raise ValueError(f"{source}: {CONFIG_NAME} has num_features={features}, {WEIGHTS_NAME} at most {largest}")
         return cls(source, weights, settings, samples, base, training)

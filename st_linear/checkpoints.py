@@ -64,8 +64,8 @@ def read_tensors(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(f"{path} is damaged ({error})") from error
 
 
-def read_shapes(path: str) -> list[list[int]]:
-    """Shapes of the tensors of a safetensors file, which are not read.
+def read_header(path: str | Path) -> dict[str, tuple[str, list[int]]]:
+    """Number format, as safetensors names it, and shape of each tensor of a safetensors file; none of them is read.
 
     Raises:
         ValueError: If the file is damaged.
@@ -73,7 +73,8 @@ def read_shapes(path: str) -> list[list[int]]:
     try:
         with safe_open(path, framework="pt") as file:
             names = file.keys()
-            return [file.get_slice(name).get_shape() for name in names]
+            slices = {name: file.get_slice(name) for name in names}
+            return {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged ({error})") from error
 

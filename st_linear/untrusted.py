@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.base.modules.transformer import set_temporary_class_attrs
 from sentence_transformers.util import load_file_path
@@ -26,7 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from st_linear.checkpoints import refuse_misshapen_weights, refuse_missing_weights
+from st_linear.checkpoints import read_header, refuse_misshapen_weights, refuse_missing_weights
+from st_linear.conversion import ATTENTION_IMPLEMENTATION
 
 # What a model's own files may say of how transformers loads it. Who loads it may say more.
 _MODEL_KWARGS = {
@@ -46,7 +46,7 @@ _MODEL_KWARGS = {
     "use_safetensors",
 }
 # Of attention implementations those that transformers brings: for FlashAttention it may go to the hub.
-_ATTENTION = {None, "eager", "flex_attention", "sdpa"}
+_ATTENTION = {None, "eager", "flex_attention", "sdpa", ATTENTION_IMPLEMENTATION}
 
 LOADING_INFO = "_loading_info"
 """Attribute of a ``Transformer`` that looks itself at what transformers tells of a load."""
@@ -96,9 +96,10 @@ def guarded(path: str, model_kwargs: Mapping[str, Any] | None = None, **hub_kwar
         ) -> PreTrainedModel:
             if threading.get_ident() != thread:
                 return load(self, name, task, config, backend, peft, **kwargs)
+            _refuse_requests(name, kwargs, own)
             if "attn_implementation" not in own:
                 refuse_kernels(name, config)
-            _refuse_requests(name, kwargs, own)
+                _refuse_kernel(name, kwargs.get("attn_implementation"))
             # Adapters of peft and exported models have loaders of their own; LinearTransformer looks itself.
             if backend != "torch" or peft or hasattr(self, LOADING_INFO):
                 return load(self, name, task, config, backend, peft, **kwargs)
@@ -134,11 +135,11 @@ def refuse_bad_weights(where: str, model: nn.Module, **hub_kwargs: Any) -> None:
     quantised = any(getattr(module, "is_quantized", False) for module in model.modules())
     for file in () if quantised else _files(where, "*.safetensors", **hub_kwargs):
         try:
-            formats = _formats(file)
-        except SafetensorError:
+            header = read_header(file)
+        except ValueError:
             # Not one that was loaded.
             continue
-        for name, number_format in formats.items():
+        for name, (number_format, _) in header.items():
             # Checkpoints of a model with a head begin their names with the encoder's.
             ends = (f".{name}", f".{name.partition('.')[2]}")
             if number_format.startswith(("I", "U", "BOOL", "C")) and any(p.endswith(ends) for p in parameters):
@@ -148,24 +149,18 @@ def refuse_bad_weights(where: str, model: nn.Module, **hub_kwargs: Any) -> None:
             raise ValueError(f"{where}: {name} holds NaN or infinite values")
 
 
-def _formats(file: Path) -> dict[str, str]:
-    with safe_open(file, framework="pt") as stored:
-        names = stored.keys()
-        return {name: stored.get_slice(name).get_dtype() for name in names}
-
-
 def _refuse_bad_files(path: str, **hub_kwargs: Any) -> None:
     """Raise a ValueError at what can be seen of files before they are loaded."""
-    folder = Path(path)
-    if folder.is_dir():
-        for file in folder.rglob("*.json"):
-            if file.is_file() and (size := file.stat().st_size) > _MOST_JSON:
+    if os.path.isdir(path):
+        files = _files(path)
+        for file in files:
+            if file.suffix == ".json" and (size := file.stat().st_size) > _MOST_JSON:
                 raise ValueError(
                     f"{file} has {size / 2**20:,.0f} MiB; a model's JSON has {_MOST_JSON // 2**20} at most"
                 )
-        for file in folder.rglob("*.bin"):
-            _refuse_pickle_bomb(file, _allowed_bytes(path))
-        configs = [str(file) for name in (*_CONFIGS, "*.index.json") for file in folder.rglob(name)]
+            if file.suffix == ".bin":
+                _refuse_pickle_bomb(file, _allowed_bytes(path))
+        configs = [str(file) for file in files if file.name in _CONFIGS or file.name.endswith(".index.json")]
     else:
         found = [load_file_path(path, name, **hub_kwargs) for name in _CONFIGS]
         configs = [file for file in found if file is not None]
@@ -227,13 +222,11 @@ def _refuse_requests(where: str, kwargs: dict[str, Any], own: Collection[str]) -
             f"{where}: its files ask for {name}={kwargs[name]!r}, which st_linear.load takes from its caller alone "
             "(model_kwargs)"
         )
-    if "attn_implementation" not in own:
-        _refuse_kernel(where, kwargs.get("attn_implementation"))
 
 
 def _refuse_kernel(where: str, implementation: Any) -> None:
     for name in tree_leaves(implementation):
-        if name not in _ATTENTION and name != "st_linear":
+        if name not in _ATTENTION:
             raise ValueError(
                 f"{where}: the attention implementation {name!r} may be code from the hub; if you trust it, pass it "
                 "yourself (model_kwargs)"
