@@ -126,6 +126,7 @@ class TestRecords:
             "protocol": "repeat",
             "seed": 0,
             "transfer": True,
+            "half": None,
             "pairs_at_once": None,
         }
         assert [point["step"] for point in record["curve"]] == [0, 2, 4, 8]

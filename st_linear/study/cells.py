@@ -168,7 +168,7 @@ def run_cell(
         Paused: If the deadline passed in training.
     """
     study, pairs, folder = job.study, job.inputs.pairs, job.cell_folder(cell)
-    settings = study.settings(cell.seed)
+    settings = study.settings(cell.seed, cell.half)
     with _threads(study.threads):
         set_seed(cell.seed)
         student = cell.student()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
@@ -124,6 +124,8 @@ class Grid(_Part):
         transfer: Whether attention transfer comes before distillation; the control knows none.
         pairs_at_once: Pairs of a training step that are in memory at once; the gradients of such parts are added up.
             None = all of the step's.
+        half: Whether to train under bfloat16 autocast; None = as ``training.half`` says. Cells that are compared
+            should have the same: give it by seed, where some run on a machine without instructions for bfloat16.
     """
 
     attention: Some[Attention]
@@ -132,11 +134,14 @@ class Grid(_Part):
     seed: Some[Seed] = (0,)
     transfer: Some[bool] = (False,)
     pairs_at_once: PositiveInt | None = None
+    half: bool | None = None
 
     def cells(self) -> Iterator[Cell]:
         """Each combination's cell; the control comes again for each value of ``transfer``."""
         for attention, length, protocol, seed, transfer in product(*self._values()):
-            yield Cell(attention, length, protocol, seed, transfer and attention != "softmax", self.pairs_at_once)
+            yield Cell(
+                attention, length, protocol, seed, transfer and attention != "softmax", self.half, self.pairs_at_once
+            )
 
     def size(self) -> int:
         """How many combinations there are."""
@@ -219,18 +224,19 @@ class Cell:
     protocol: str
     seed: int
     transfer: bool
+    half: bool | None = None
     pairs_at_once: int | None = field(default=None, compare=False)
 
     @property
     def name(self) -> str:
         """As it is printed."""
-        return f"{self.student_name}, {self.length} tokens, {self.protocol}, seed {self.seed}"
+        return f"{self.student_name}, {self.length} tokens, {self.protocol}, seed {self.seed}{self._format(', ')}"
 
     @property
     def folder(self) -> str:
         """Name of its folder."""
         student = self.attention.replace(":", "-") + ("-transfer" if self.transfer else "")
-        return f"{self.length:05d}-{self.protocol}-{student}-seed-{self.seed}"
+        return f"{self.length:05d}-{self.protocol}-{student}-seed-{self.seed}{self._format('-')}"
 
     @property
     def student_name(self) -> str:
@@ -241,6 +247,9 @@ class Cell:
     def is_control(self) -> bool:
         """Whether it attends exactly."""
         return self.attention == "softmax"
+
+    def _format(self, before: str) -> str:
+        return "" if self.half is None else f"{before}{'bfloat16' if self.half else 'float32'}"
 
     def student(self) -> Student:
         """How it attends and what it is taught first."""
@@ -277,13 +286,15 @@ class Study(_Part):
         size = sum(grid.size() for grid in self.grid)
         if size > MOST_CELLS:
             raise ValueError(f"the grid has {size:,} cells, more than {MOST_CELLS:,}")
-        at_once: dict[Cell, int | None] = {}
+        known: dict[Cell, Cell] = {}
         for grid in self.grid:
             if grid.pairs_at_once is not None:
                 self._check_parts(grid.pairs_at_once)
             for cell in grid.cells():
-                if at_once.setdefault(cell, grid.pairs_at_once) != grid.pairs_at_once:
-                    raise ValueError(f"two grids have the cell {cell.name!r}, with different pairs_at_once")
+                first = known.setdefault(replace(cell, half=None), cell)
+                for key in ("half", "pairs_at_once"):
+                    if getattr(first, key) != getattr(cell, key):
+                        raise ValueError(f"two grids have the cell {first.name!r}, with different {key}")
         self.settings(seed=0)
         if self.budget.unit == "examples" and self.budget.amount < self.training.batch_size:
             raise ValueError(f"budget.examples makes no step of training.batch_size={self.training.batch_size} pairs")
@@ -312,15 +323,20 @@ class Study(_Part):
         """All protocols in use."""
         return tuple(sorted({cell.protocol for cell in self.cells()}))
 
-    def settings(self, seed: int) -> Settings:
-        """What a cell's distillation costs, but for the number of its steps."""
+    def settings(self, seed: int, half: bool | None = None) -> Settings:
+        """What a cell's distillation costs, but for the number of its steps.
+
+        Args:
+            seed: The cell's.
+            half: The cell's; None = ``training.half``.
+        """
         return Settings(
             batch_size=self.training.batch_size,
             learning_rate=self.training.learning_rate,
             alpha=self.training.alpha,
             objective=self.training.objective,
             teacher_activation=self.training.teacher_activation,
-            half=self.training.half,
+            half=self.training.half if half is None else half,
             transfer_epochs=self.transfer.epochs,
             transfer_steps=self.transfer.steps,
             maps_learning_rate=self.transfer.maps_learning_rate,

@@ -103,8 +103,9 @@ def run(
                 states[cell] = None
     if any(states.values()):
         say(f"{sum(map(bool, states.values()))} of {len(cells)} cells have a record: not run again")
-    if study.training.half and not torch.accelerator.is_available() and not has_bfloat16():
-        say("[yellow]This processor has no instructions for bfloat16: training.half makes cells slower here.[/yellow]")
+    in_half = any(study.settings(c.seed, c.half).half for c, state in states.items() if state is None)
+    if in_half and not torch.accelerator.is_available() and not has_bfloat16():
+        say("[yellow]This processor has no instructions for bfloat16: half makes cells slower here.[/yellow]")
     board = _Board(cells, states, progress, say)
     while pending := [cell for cell in cells if board.is_pending(cell)]:
         runs = (
