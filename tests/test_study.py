@@ -82,6 +82,19 @@ class TestConfig:
         cells = read_study(written(tmp_path, text)).cells()
         assert len(cells) == len(set(cells)) == 7
 
+    def test_a_format_of_their_own(self, tmp_path: Path) -> None:
+        text = MINIMAL.replace(
+            "budget:", "  - attention: elu\n    length: 64\n    seed: [1, 2]\n    half: on\nbudget:"
+        )
+        study = read_study(written(tmp_path, text))
+        *others, first, second = study.cells()
+        assert {study.settings(cell.seed, cell.half).half for cell in others} == {False}
+        assert first.folder == "00064-repeat-elu-seed-1-bfloat16"
+        assert second.name == "elu, 64 tokens, repeat, seed 2, bfloat16"
+        assert study.settings(second.seed, second.half).half
+        off = {**json.loads(json.dumps(study.model_dump(mode="json"))), "training": {"half": True}}
+        assert [c.half for c in Study.model_validate(off).cells()][-3:] == [None, True, True]
+
     @pytest.mark.parametrize(
         ("old", "new", "line", "message"),
         [
@@ -131,6 +144,12 @@ class TestConfig:
                 "    pairs_at_once: 8\ntraining: {objective: cosent}\nbudget:",
                 1,
                 "cosent compares all pairs of a step: it can't have pairs_at_once=8",
+            ),
+            (
+                "budget:",
+                "  - attention: softmax\n    length: 64\n    half: on\nbudget:",
+                1,
+                "two grids have the cell 'softmax, 64 tokens, repeat, seed 0', with different half",
             ),
             ("[32, 64]", "32\n    protocol: random", 5, "grid.0.protocol.0: unknown protocol 'random'"),
         ],
@@ -442,6 +461,50 @@ class TestReport:
         text = (reported / "report/report.md").read_text(encoding="utf-8")
         for setting in ("training.batch_size: 32", "budget.examples: 200", "evaluation.lengths: 256", "a teacher"):
             assert setting in text
+
+    def test_times_are_of_one_machine_and_format(self, reported: Path, tmp_path: Path) -> None:
+        folder = tmp_path / "copy"
+        shutil.copytree(reported, folder)
+        for path in folder.glob("cells/*/record.json"):
+            record = read_json(path)
+            if record["cell"]["attention"] == "softmax" and record["cell"]["seed"] == 2:
+                record["cell"]["half"] = True
+            elif record["cell"]["attention"] == "elu":
+                record["environment"]["device"] = "another"
+            elif "training" in record:
+                continue
+            record.get("training", {})["seconds"] = 1e9
+            write_json(path, record)
+        write_report(folder)
+        before, after = (read_json(f / "report/summary.json") for f in (reported, folder))
+        for old, new in zip(before["groups"], after["groups"]):
+            assert new["read"][str(new["length"])]["pearson"] == old["read"][str(old["length"])]["pearson"]
+            assert new["convergence"]["own"]["95"]["steps"] == old["convergence"]["own"]["95"]["steps"]
+            times = (new["training"]["seconds"], new["convergence"]["own"]["95"]["seconds"])
+            if new["attention"] == "elu":
+                assert times == (None, None)
+            else:
+                assert {figures["n"] for figures in times} == {
+                    2 if new["attention"] == "softmax" else len(new["seeds"])
+                }
+                assert new["training"]["seconds"]["mean"] == old["training"]["seconds"]["mean"]
+        cells = before["timed"]["cells"]
+        assert (
+            cells - after["timed"]["cells"]
+            == sum(len(g["seeds"]) for g in before["groups"] if g["attention"] == "elu") + 2
+        )
+        of = f"those of the {after['timed']['cells']} of {cells} cells that ran in one place"
+        assert of in (folder / "report/report.md").read_text(encoding="utf-8")
+        assert "that ran in one place" not in (reported / "report/report.md").read_text(encoding="utf-8")
+
+    def test_two_records_of_one_cell(self, reported: Path, tmp_path: Path) -> None:
+        folder = tmp_path / "copy"
+        shutil.copytree(reported, folder)
+        record = read_json(folder / "cells/00064-repeat-softmax-seed-0/record.json")
+        record["cell"]["half"] = False
+        write_json(folder / "cells/again/record.json", record)
+        with refused("has two records of one cell"):
+            write_report(folder)
 
     def test_failures_and_gaps_are_told(self, reported: Path) -> None:
         text = (reported / "report/report.md").read_text(encoding="utf-8")

@@ -180,20 +180,26 @@ class _Artist:
     def _cost_points(self, protocol: str, student: str, what: str, key: str) -> _Points:
         groups = self.of(protocol, student=student)
         if what == "training":
-            return [(g["length"], g["training"][key]) for g in groups]
+            return [(g["length"], g["training"][key]) for g in groups if g["training"][key] is not None]
         # All that read at a length do the same work, whatever they were trained at.
         by_place: dict[int, list[float]] = {}
         for group in groups:
             for place, figures in group["read"].items():
-                if place != "natural" and figures is not None:
+                if place != "natural" and figures is not None and figures[key] is not None:
                     by_place.setdefault(int(place), []).append(figures[key]["mean"])
         return [(place, vars(Mean.of(values))) for place, values in sorted(by_place.items())]
 
     def speed_against_quality(self, protocol: str, by: str) -> Panel:
         def draw(axes: Axes) -> None:
             for student in self.students:
-                groups = self.of(protocol, student=student)
+                groups = [
+                    g
+                    for g in self.of(protocol, student=student)
+                    if g["read"][str(g["length"])]["tokens_per_second"] is not None
+                ]
                 read = [g["read"][str(g["length"])] for g in groups]
+                if not groups:
+                    continue
                 x = [figures["tokens_per_second"]["mean"] for figures in read]
                 y = [100 * figures["pearson"]["mean"] for figures in read]
                 axes.plot(x, y, label=student, **self._style(student))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from st_linear.study.statistics import Group, Records
+from st_linear.study.statistics import Group, Place, Records
 from st_linear.tables import markdown as markdown_table
 
 _DEFINITIONS = """\
@@ -80,8 +80,7 @@ def _places(finished: dict[Group, dict[int, dict[str, Any]]]) -> Iterator[str]:
             versions = ", ".join(
                 f"{name} {place[name]}" for name in ("st_linear", "torch", "transformers", "sentence_transformers")
             )
-            device = " ".join(filter(None, (place["device"], place.get("instructions"))))
-            text = f"{device}, {place['threads']} threads, {place['platform']}, {versions}, {commit}{dirty}"
+            text = f"{Place.of(record)}, {place['threads']} threads, {place['platform']}, {versions}, {commit}{dirty}"
             counts[text] = counts.get(text, 0) + 1
     for text, count in counts.items():
         yield f"- {count} cells: {text}"

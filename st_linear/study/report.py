@@ -281,6 +281,12 @@ def _costs(summary: dict[str, Any]) -> str:
         "Memory is the peak beyond what was held before. *pairs*, *tokens*, *operations*: what distillation spent; "
         "transfer's operations come on top."
     )
+    cells, timed = sum(len(g["seeds"]) for g in summary["groups"]), summary["timed"]
+    if timed["cells"] < cells:
+        note += (
+            f" Speed, seconds and memory are those of the {timed['cells']} of {cells} cells that ran in one place and "
+            f"format ({timed['in']}), here and in all of the report: those of other machines do not compare."
+        )
     return f"{markdown_table(header, rows)}\n{note}"
 
 
@@ -347,11 +353,10 @@ def _amount(figures: dict[str, Any] | None) -> str:
     if figures["mean"] is None:
         return f"{figures['reached']} of {figures['n']}"
     value = _short(figures["mean"])
-    return (
-        value
-        if figures["low"] in (None, figures["high"])
-        else f"{value} [{_short(figures['low'])}, {_short(figures['high'])}]"
-    )
+    if figures["low"] in (None, figures["high"]):
+        return value
+    # No amount is below 0, where a symmetrical interval may reach.
+    return f"{value} [{_short(max(0.0, figures['low']))}, {_short(figures['high'])}]"
 
 
 def _short(value: float) -> str:

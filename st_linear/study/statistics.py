@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,29 @@ class Group:
         return Group("softmax", False, self.length, self.protocol)
 
 
+@dataclass(frozen=True)
+class Place:
+    """What times depend on: a processor or accelerator, its instructions, and the format of training."""
+
+    device: str
+    instructions: str | None
+    half: bool
+
+    @classmethod
+    def of(cls, record: dict[str, Any]) -> Place:
+        """Where a cell ran."""
+        environment, half = record["environment"], record["cell"].get("half")
+        return cls(
+            environment["device"],
+            environment.get("instructions"),
+            record["study"]["training"]["half"] if half is None else half,
+        )
+
+    def __str__(self) -> str:
+        device = " ".join(filter(None, (self.device, self.instructions)))
+        return f"{device}, {'bfloat16' if self.half else 'float32'}"
+
+
 @dataclass
 class Records:
     """A study's records.
@@ -81,8 +106,11 @@ class Records:
         for record in read:
             if "failure" not in record:
                 cell = Cell(**record["cell"])
-                group = Group(cell.attention, cell.transfer, cell.length, cell.protocol)
-                finished.setdefault(group, {})[cell.seed] = record
+                seeds = finished.setdefault(Group(cell.attention, cell.transfer, cell.length, cell.protocol), {})
+                if cell.seed in seeds:
+                    name = Cell(**seeds[cell.seed]["cell"]).name
+                    raise ValueError(f"{folder} has two records of one cell, {name!r} and {cell.name!r}: remove one")
+                seeds[cell.seed] = record
         if not finished:
             raise ValueError(f"{folder} has no finished cell: nothing to report")
         there = {Cell(**record["cell"]) for record in read}
@@ -98,6 +126,15 @@ class Records:
     def values(self, attribute: str) -> list[Any]:
         """What finished cells have of an attribute, each once, in order."""
         return list(dict.fromkeys(getattr(group, attribute) for group in self.finished))
+
+    @cached_property
+    def timed_in(self) -> Place:
+        """Where most cells ran: speed, seconds and memory are of these alone."""
+        return Counter(Place.of(r) for seeds in self.finished.values() for r in seeds.values()).most_common(1)[0][0]
+
+    def timed(self, group: Group) -> dict[int, dict[str, Any]]:
+        """The group's cells, by seed, whose speed, seconds and memory compare with those of other groups."""
+        return {seed: r for seed, r in self.finished[group].items() if Place.of(r) == self.timed_in}
 
     def any(self) -> dict[str, Any]:
         """One finished record: all have the same settings."""
@@ -227,7 +264,7 @@ def summarise(records: Records) -> dict[str, Any]:
 
     Returns:
         ``name``; ``groups``, one for each student, length and protocol, with its means over seeds; ``laws``, by
-        protocol and student; ``failed`` and ``missing``.
+        protocol and student; ``timed``, of which cells speed, seconds and memory are; ``failed`` and ``missing``.
     """
     groups = [_summarise_group(records, group) for group in records.finished]
     _adjust(groups)
@@ -240,13 +277,14 @@ def summarise(records: Records) -> dict[str, Any]:
         "name": records.name,
         "groups": groups,
         "laws": laws,
+        "timed": {"in": str(records.timed_in), "cells": sum(len(records.timed(group)) for group in records.finished)},
         "failed": [{"cell": r["cell"], **r["failure"]} for r in records.failed],
         "missing": records.missing,
     }
 
 
 def _summarise_group(records: Records, group: Group) -> dict[str, Any]:
-    seeds = records.finished[group]
+    seeds, timed = records.finished[group], records.timed(group)
     controls = records.finished.get(group.control(), {})
     converged = {
         seed: convergence(record["curve"], controls[seed]["curve"] if seed in controls else None)
@@ -273,7 +311,7 @@ def _summarise_group(records: Records, group: Group) -> dict[str, Any]:
         "transfer_cost": None
         if not group.transfer
         else {
-            key: mean(record["transfer"][key] for record in seeds.values())
+            key: mean(record["transfer"][key] for record in (timed if key == "seconds" else seeds).values())
             for key in ("texts", "tokens", "operations", "seconds")
         },
         "start": mean(record["curve"][0]["pearson"] for record in seeds.values()),
@@ -284,8 +322,10 @@ def _summarise_group(records: Records, group: Group) -> dict[str, Any]:
                 f"{100 * share:.0f}": {
                     unit: mean(
                         amounts[unit]
-                        for amounts in (some[basis][f"{100 * share:.0f}"] for some in converged.values())
-                        if amounts is not None
+                        for seed, amounts in (
+                            (seed, some[basis][f"{100 * share:.0f}"]) for seed, some in converged.items()
+                        )
+                        if amounts is not None and (unit != "seconds" or seed in timed)
                     )
                     for unit in UNITS
                 }
@@ -293,11 +333,11 @@ def _summarise_group(records: Records, group: Group) -> dict[str, Any]:
             }
             for basis in BASES
         },
-        "read": {length: _read(seeds, length) for length in _lengths(seeds)},
+        "read": {length: _read(seeds, timed, length) for length in _lengths(seeds)},
         "training": {
-            "tokens_per_second": mean(record["training"]["tokens_per_second"] for record in seeds.values()),
-            "memory_mib": mean(_memory(record["training"]) for record in seeds.values()),
-            "seconds": mean(record["training"]["seconds"] for record in seeds.values()),
+            "tokens_per_second": mean(record["training"]["tokens_per_second"] for record in timed.values()),
+            "memory_mib": mean(_memory(record["training"]) for record in timed.values()),
+            "seconds": mean(record["training"]["seconds"] for record in timed.values()),
         },
         "against_control": against,
     }
@@ -307,9 +347,12 @@ def _lengths(seeds: dict[int, dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(length for record in seeds.values() for length in record["final"]))
 
 
-def _read(seeds: dict[int, dict[str, Any]], length: str) -> dict[str, Any] | None:
+def _read(seeds: dict[int, dict[str, Any]], timed: dict[int, dict[str, Any]], length: str) -> dict[str, Any] | None:
     """Means at a reading length, over the seeds that could be read there; None if none could."""
-    figures = [r["final"][length] for r in seeds.values() if "failure" not in r["final"].get(length, {"failure": ""})]
+    figures, of_timed = (
+        [r["final"][length] for r in some.values() if "failure" not in r["final"].get(length, {"failure": ""})]
+        for some in (seeds, timed)
+    )
     if not figures:
         return None
     return {
@@ -320,8 +363,8 @@ def _read(seeds: dict[int, dict[str, Any]], length: str) -> dict[str, Any] | Non
         "mean_tokens": mean(some["mean_tokens"] for some in figures),
         "truncated": mean(some["truncated"] for some in figures),
         "mean_pairwise_cosine": mean(some["mean_pairwise_cosine"] for some in figures),
-        "tokens_per_second": mean(some["tokens_per_second"] for some in figures),
-        "memory_mib": mean(_memory(some) for some in figures),
+        "tokens_per_second": mean(some["tokens_per_second"] for some in of_timed),
+        "memory_mib": mean(_memory(some) for some in of_timed),
     }
 
 
@@ -359,6 +402,8 @@ def _laws(records: Records, protocol: str, student: str) -> dict[str, Any]:
         controls = records.finished.get(group.control(), {})
         for seed, record in records.finished[group].items():
             add("pearson", group.length, record["final"][str(group.length)]["pearson"])
+            if seed not in records.timed(group):
+                continue
             last = record["curve"][-1]
             add("cost", group.length, math.log2(last["seconds"] / last["examples"]))
             if seed in controls:
