@@ -63,7 +63,8 @@ def convert(model: str | SentenceTransformer, **settings: Any) -> SentenceTransf
         similarity_fn_name=base.similarity_fn_name,
         truncate_dim=base.truncate_dim,
     )
-    converted.model_card_data.base_model = base.model_card_data.base_model
+    card: Any = converted.model_card_data
+    card.inherit(base)
     return converted
 
 

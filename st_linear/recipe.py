@@ -29,6 +29,7 @@ from st_linear.data import evenly_spaced, load_pairs, repeat_to_length, source_n
 from st_linear.evaluation import METRICS, NATURAL, LengthSimilarityEvaluator, Mean, correlation, correlation_or_reason
 from st_linear.losses import TEACHER_ACTIVATIONS, AttentionTransferLoss
 from st_linear.mining import mine_pairs
+from st_linear.model_card import Distilled
 from st_linear.models import check_model_folder, convert, load, save_model
 from st_linear.pair_head import PairScorer
 from st_linear.records import (
@@ -275,7 +276,18 @@ def distil(
     began = time.perf_counter()
     curve = _train(model, pairs, teacher, output, settings, show_progress_bar)
     trained = time.perf_counter()
+    # Its card tells of the final figures, not of each point of the curve.
+    card: Any = model.model_card_data
+    card.eval_results_dict.clear()
     final = evaluate_model(model, pairs.test, settings, show_progress_bar=show_progress_bar)
+    card.distilled = Distilled(
+        pairs.source,
+        None if teacher is None else teacher.name,
+        {
+            "as they are" if length == "natural" else f"repeated to {int(length):,} tokens": f
+            for length, f in final.items()
+        },
+    )
     # The record vouches for the model: it goes before the model that it is about, and comes after the new one.
     path.unlink(missing_ok=True)
     save_model(model, folder)
@@ -348,7 +360,7 @@ def _check_lengths(model: SentenceTransformer, pairs: Pairs, settings: Settings)
 
 def convert_student(base: str, student: Student, settings: Settings) -> SentenceTransformer:
     """The base model with the student's attention, untrained."""
-    return convert(
+    model = convert(
         base,
         feature_map=student.feature_map,
         feature_map_kwargs=student.feature_map_kwargs,
@@ -358,6 +370,9 @@ def convert_student(base: str, student: Student, settings: Settings) -> Sentence
         adapter=NO_ADAPTER,
         seed=settings.seed,
     )
+    encoder: Any = model[0]
+    encoder.base_encoder["name"] = base_name(base)
+    return model
 
 
 def transfer_model(

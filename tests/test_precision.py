@@ -26,6 +26,9 @@ LONGEST_OF_PLAIN = 1024
 """Beyond it the plain form takes too long: embeddings of longer texts are measured by its error there."""
 MORE_THAN_PLAIN = 3
 """How many times the plain form's error: of token embeddings, and of gradients, each as a whole."""
+TOLERANCES = {"float32": (1e-5, 1e-4)}
+"""Of attention itself, and always allowed: where a product rounds to the other side of ReLU's kink its gradient jumps,
+and what the plain form loses says little of that."""
 
 pytestmark = pytest.mark.slow
 
@@ -114,8 +117,14 @@ def test_little_more_is_lost_than_by_the_plain_form(form: tuple[str, int], bert:
                     lost = {p: distances(in_format(bert, form, p, features), exact) for p in PRECISIONS}
             for precision in PRECISIONS:
                 ours = distances(in_format(bert, form, precision, features), exact)
-                compared = list(zip(ours, lost[precision]))[: 2 if plain else 1]
-                assert all(a <= MORE_THAN_PLAIN * b for a, b in compared), (precision, length, ours, lost[precision])
+                bars = zip(lost[precision], TOLERANCES.get(precision, (0, 0)))
+                compared = list(zip(ours, bars))[: 2 if plain else 1]
+                assert all(a <= max(MORE_THAN_PLAIN * b, tolerance) for a, (b, tolerance) in compared), (
+                    precision,
+                    length,
+                    ours,
+                    lost[precision],
+                )
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

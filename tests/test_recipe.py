@@ -157,6 +157,17 @@ class TestRecord:
         assert record["seconds"].keys() == {"transfer", "distillation"}
         assert record["peak_memory_mib"] > 0
 
+    def test_the_models_card_tells_the_same(self, made: tuple[Path, dict[str, Any]], pairs: Pairs) -> None:
+        output, record = made
+        card = (output / "model" / "README.md").read_text(encoding="utf-8")
+        assert f"Distilled on {pairs.source}, from the scores of by hand." in card
+        for texts, length in (("as they are", "natural"), ("repeated to 40 tokens", "40")):
+            figures = record["final"][length]
+            row = [texts, str(figures["n"]), *(f"{100 * figures[metric]:.2f}" for metric in ("pearson", "spearman"))]
+            assert f"| {' | '.join(row)} |" in card
+        # The header has the final figures, and not those of each point of the curve.
+        assert card.split("---")[1].count("type: pearson_cosine") == 1
+
     def test_the_curve_goes_from_the_first_step_to_the_last(self, made: tuple[Path, dict[str, Any]]) -> None:
         curve = made[1]["curve"]
         assert [point["step"] for point in curve] == [0, 2, 4, 6]

@@ -764,6 +764,45 @@ class TestModelCard:
             for tag in ("sentence-transformers", "st_linear", "linear-attention", "custom_code"):
                 assert header.count(f"- {tag}\n") == 1
 
+    def test_it_says_how_the_model_attends(self, saved: Path) -> None:
+        card = (saved / "README.md").read_text(encoding="utf-8")
+        section = card.partition("### Attention\n")[2].partition("### Model Sources")[0]
+        settings = st_linear.load(str(saved))[0].get_config_dict()
+        assert f"- **Feature map:** `{settings['feature_map']}`" in section
+        assert f"- **Window:** {settings['window']} tokens: exact within blocks" in section
+        assert f"up to {settings['max_seq_length']:,} tokens" in section
+        assert "### Full Model Architecture" in card
+        assert "{{" not in card
+
+    def test_what_the_base_states_is_inherited(self, encoder_folder: Callable[[str], str], tmp_path: Path) -> None:
+        base = tmp_path / "base"
+        SentenceTransformer(encoder_folder("bert")).save_pretrained(str(base))
+        text = (base / "README.md").read_text(encoding="utf-8")
+        (base / "README.md").write_text(text.replace("---\n", "---\nlicense: apache-2.0\nlanguage: en\n", 1))
+        convert(str(base), window=0, feature_map="softmax").save_pretrained(str(tmp_path / "linear"))
+        card = (tmp_path / "linear" / "README.md").read_text(encoding="utf-8")
+        header = card.split("---")[1]
+        assert "license: apache-2.0\n" in header
+        assert "language:\n- en\n" in header or "language: en\n" in header
+        assert "- **License:** apache-2.0" in card
+        assert "- **Form:** exact softmax attention" in card
+        # No path of the machine that it was made on.
+        assert str(tmp_path) not in card
+        assert "- **Encoder:** base\n" in card
+
+    @pytest.mark.parametrize(
+        "header", ["license: [", "- a list", "license: {a: 1}", "language: 3", "license:", "\x00"]
+    )
+    def test_a_bad_card_of_the_base_harms_nothing(
+        self, encoder_folder: Callable[[str], str], tmp_path: Path, header: str
+    ) -> None:
+        base = tmp_path / "base"
+        SentenceTransformer(encoder_folder("bert")).save_pretrained(str(base))
+        (base / "README.md").write_text(f"---\n{header}\n---\n# A model\n", encoding="utf-8")
+        card: Any = convert(str(base)).model_card_data
+        assert card.license is None
+        assert not card.language
+
 
 @pytest.fixture(scope="module")
 def converted_minilm(minilm: str) -> SentenceTransformer:
