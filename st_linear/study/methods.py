@@ -80,7 +80,7 @@ def _places(finished: dict[Group, dict[int, dict[str, Any]]]) -> Iterator[str]:
             versions = ", ".join(
                 f"{name} {place[name]}" for name in ("st_linear", "torch", "transformers", "sentence_transformers")
             )
-            text = f"{Place.of(record)}, {place['threads']} threads, {place['platform']}, {versions}, {commit}{dirty}"
+            text = f"{Place.of(record)}, {place['threads']} threads, {versions}, {commit}{dirty}"
             counts[text] = counts.get(text, 0) + 1
     for text, count in counts.items():
         yield f"- {count} cells: {text}"

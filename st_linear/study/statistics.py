@@ -53,10 +53,11 @@ class Group:
 
 @dataclass(frozen=True)
 class Place:
-    """What times depend on: a processor or accelerator, its instructions, and the format of training."""
+    """What times depend on: a processor or accelerator, its instructions, its system, and the format of training."""
 
     device: str
     instructions: str | None
+    platform: str
     half: bool
 
     @classmethod
@@ -66,12 +67,13 @@ class Place:
         return cls(
             environment["device"],
             environment.get("instructions"),
+            environment["platform"],
             record["study"]["training"]["half"] if half is None else half,
         )
 
     def __str__(self) -> str:
         device = " ".join(filter(None, (self.device, self.instructions)))
-        return f"{device}, {'bfloat16' if self.half else 'float32'}"
+        return f"{device}, {'bfloat16' if self.half else 'float32'}, {self.platform}"
 
 
 @dataclass
