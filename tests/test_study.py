@@ -494,7 +494,9 @@ class TestReport:
             == sum(len(g["seeds"]) for g in before["groups"] if g["attention"] == "elu") + 2
         )
         of = f"those of the {after['timed']['cells']} of {cells} cells that ran in one place"
-        assert of in (folder / "report/report.md").read_text(encoding="utf-8")
+        text = (folder / "report/report.md").read_text(encoding="utf-8")
+        assert of in text
+        assert "| softmax | repeat | 64 | 0, 1, 2 | 2: bfloat16 |" in text
         assert "that ran in one place" not in (reported / "report/report.md").read_text(encoding="utf-8")
 
     def test_two_records_of_one_cell(self, reported: Path, tmp_path: Path) -> None:

@@ -46,6 +46,10 @@ def methods(records: Records) -> str:
     if any(at_once):
         header.append("pairs of a step in memory at once")
         rows = [[*row, parts or "all"] for row, parts in zip(rows, at_once)]
+    own = [_own_format(seeds) for seeds in records.finished.values()]
+    if any(own):
+        header.append("seeds in a format of their own")
+        rows = [[*row, text or "–"] for row, text in zip(rows, own)]
     parts = ["## Methods", _DEFINITIONS, "### Settings, the same for all cells", "\n".join(lines)]
     parts += [
         "### Cells",
@@ -58,6 +62,14 @@ def methods(records: Records) -> str:
 
 def _pairs_at_once(cells: Iterable[dict[str, Any]]) -> str:
     return ", ".join(str(n) for n in sorted({record["cell"].get("pairs_at_once") or 0 for record in cells}) if n)
+
+
+def _own_format(cells: dict[int, dict[str, Any]]) -> str:
+    """The seeds that did not train as ``training.half`` says the others do."""
+    halves = {seed: record["cell"].get("half") for seed, record in cells.items()}
+    return ", ".join(
+        f"{seed}: {'bfloat16' if half else 'float32'}" for seed, half in halves.items() if half is not None
+    )
 
 
 def _flat(settings: dict[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
