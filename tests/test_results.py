@@ -1,6 +1,7 @@
 """The figures of the README come from the committed records."""
 
 import json
+import math
 import re
 from pathlib import Path
 from statistics import mean
@@ -11,6 +12,8 @@ import pytest
 from st_linear import tables
 from st_linear.benchmarks import report
 from st_linear.protocols import protocol_names
+from st_linear.study import statistics
+from st_linear.study.config import read_study
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -118,3 +121,59 @@ def test_texts_inside_two_windows_have_the_softmax_figures_at_length(swaps: dict
         near_far, softmax = (models[name][protocol]["128"] for name in ("near-far", "softmax"))
         assert near_far["pearson"] == pytest.approx(softmax["pearson"], abs=1e-4)
     assert models["softmax"]["natural"]["pearson"] == pytest.approx(swaps["softmax"]["pearson"], abs=1e-5)
+
+
+STUDY = ROOT / "docs" / "study"
+
+
+@pytest.fixture(scope="module")
+def study() -> dict[str, Any]:
+    return statistics.summarise(statistics.Records.read(STUDY / "cpu"))
+
+
+def test_the_study_ran_to_its_end(study: dict[str, Any]) -> None:
+    assert (study["missing"], study["failed"]) == (0, [])
+    cells = read_study(STUDY / "cpu.yaml").cells()
+    assert {path.parent.name for path in STUDY.glob("cpu/cells/*/record.json")} == {cell.folder for cell in cells}
+
+
+def test_the_report_is_made_from_the_records(study: dict[str, Any]) -> None:
+    def rounded(text: str) -> Any:
+        # Processors differ in the last digits.
+        return json.loads(text, parse_float=lambda number: float(f"{float(number):.9g}"))
+
+    written = (STUDY / "cpu" / "report" / "summary.json").read_text(encoding="utf-8")
+    assert rounded(written) == rounded(json.dumps(study))
+
+
+@pytest.mark.parametrize("what", ["pearson", "difference", "steps", "operations", "speed", "memory"])
+def test_the_tables_of_the_studys_page_are_made_from_its_records(study: dict[str, Any], what: str) -> None:
+    def cell(group: dict[str, Any]) -> str:
+        if what == "pearson":
+            return interval(group["read"][str(group["length"])]["pearson"], "{:.2f}", 100)
+        if what == "difference":
+            return interval((group["against_control"] or {}).get("pearson"), "{:+.2f}", 100)
+        if what == "steps":
+            return interval(group["convergence"]["gain"]["95"]["steps"], "{:.1f}", 1, lowest=0)
+        if what == "operations":
+            return interval(group["budget"]["operations"], "{:.1f}", 1e-12)
+        return interval(group["training"][{"speed": "tokens_per_second", "memory": "memory_mib"}[what]], "{:,.0f}", 1)
+
+    def interval(figures: dict[str, Any] | None, form: str, factor: float, lowest: float = -math.inf) -> str:
+        if figures is None or figures["mean"] is None:
+            return "–"
+        text = form.format(factor * figures["mean"])
+        # An interval of two machine times would be twelve times their distance: the page gives means alone.
+        if figures["low"] in (None, figures["high"]) or what in ("speed", "memory"):
+            return text
+        low, high = (form.format(factor * max(lowest, figures[key])) for key in ("low", "high"))
+        return f"{text} [{low}, {high}]"
+
+    lengths = sorted({group["length"] for group in study["groups"]})
+    students = sorted({group["student"] for group in study["groups"]}, key=lambda name: (name != "softmax", name))
+    found = {(group["student"], group["length"]): cell(group) for group in study["groups"]}
+    rows = [[f"`{student}`", *(found.get((student, length), "–") for length in lengths)] for student in students]
+    if what == "difference":
+        rows = rows[1:]
+    table = tables.markdown(["student", *(f"{length:,} tokens" for length in lengths)], rows)
+    assert table in (STUDY / "README.md").read_text(encoding="utf-8"), f"\n{table}"
