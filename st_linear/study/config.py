@@ -249,7 +249,7 @@ class Cell:
         return self.attention == "softmax"
 
     def _format(self, before: str) -> str:
-        return "" if self.half is None else f"{before}{'bfloat16' if self.half else 'float32'}"
+        return "" if self.half is None else f"{before}{number_format(self.half)}"
 
     def student(self) -> Student:
         """How it attends and what it is taught first."""
@@ -348,6 +348,11 @@ class Study(_Part):
     def common(self) -> dict[str, Any]:
         """What all cells share, as JSON values: figures of studies that differ in it don't compare."""
         return self.model_dump(mode="json", exclude={"name", "grid", "checkpoint_seconds", "keep_models"})
+
+
+def number_format(half: bool) -> str:
+    """What a cell trains in."""
+    return "bfloat16" if half else "float32"
 
 
 def student_name(attention: str, transfer: bool) -> str:

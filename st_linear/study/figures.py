@@ -192,20 +192,16 @@ class _Artist:
     def speed_against_quality(self, protocol: str, by: str) -> Panel:
         def draw(axes: Axes) -> None:
             for student in self.students:
-                groups = [
-                    g
-                    for g in self.of(protocol, student=student)
-                    if g["read"][str(g["length"])]["tokens_per_second"] is not None
-                ]
-                read = [g["read"][str(g["length"])] for g in groups]
-                if not groups:
+                read = {g["length"]: g["read"][str(g["length"])] for g in self.of(protocol, student=student)}
+                timed = {length: figures for length, figures in read.items() if figures["tokens_per_second"]}
+                if not timed:
                     continue
-                x = [figures["tokens_per_second"]["mean"] for figures in read]
-                y = [100 * figures["pearson"]["mean"] for figures in read]
+                x = [figures["tokens_per_second"]["mean"] for figures in timed.values()]
+                y = [100 * figures["pearson"]["mean"] for figures in timed.values()]
                 axes.plot(x, y, label=student, **self._style(student))
-                for group, right, up in zip(groups, x, y):
+                for length, right, up in zip(timed, x, y):
                     axes.annotate(
-                        f"{group['length']:,}", (right, up), (3, 3), textcoords="offset points", fontsize=7, color=INK
+                        f"{length:,}", (right, up), (3, 3), textcoords="offset points", fontsize=7, color=INK
                     )
             axes.margins(0.12)
             axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from st_linear.study.config import number_format
 from st_linear.study.statistics import Group, Place, Records
 from st_linear.tables import markdown as markdown_table
 
@@ -67,9 +68,7 @@ def _pairs_at_once(cells: Iterable[dict[str, Any]]) -> str:
 def _own_format(cells: dict[int, dict[str, Any]]) -> str:
     """The seeds that did not train as ``training.half`` says the others do."""
     halves = {seed: record["cell"].get("half") for seed, record in cells.items()}
-    return ", ".join(
-        f"{seed}: {'bfloat16' if half else 'float32'}" for seed, half in halves.items() if half is not None
-    )
+    return ", ".join(f"{seed}: {number_format(half)}" for seed, half in halves.items() if half is not None)
 
 
 def _flat(settings: dict[str, Any], before: str = "") -> Iterator[tuple[str, str]]:

@@ -17,7 +17,7 @@ from scipy.stats import false_discovery_control, linregress, t, ttest_rel
 from st_linear.evaluation import METRICS, Mean
 from st_linear.records import read_json
 from st_linear.study.cells import CELLS, RECORD
-from st_linear.study.config import STUDY, Cell, Study, student_name
+from st_linear.study.config import STUDY, Cell, Study, number_format, student_name
 
 UNITS = ("steps", "examples", "tokens", "seconds", "operations")
 """What convergence is counted in."""
@@ -73,7 +73,7 @@ class Place:
 
     def __str__(self) -> str:
         device = " ".join(filter(None, (self.device, self.instructions)))
-        return f"{device}, {'bfloat16' if self.half else 'float32'}, {self.platform}"
+        return f"{device}, {number_format(self.half)}, {self.platform}"
 
 
 @dataclass
@@ -401,10 +401,10 @@ def _laws(records: Records, protocol: str, student: str) -> dict[str, Any]:
         points[law][1].append(value)
 
     for group in records.groups(protocol=protocol, student=student):
-        controls = records.finished.get(group.control(), {})
+        controls, timed = records.finished.get(group.control(), {}), records.timed(group)
         for seed, record in records.finished[group].items():
             add("pearson", group.length, record["final"][str(group.length)]["pearson"])
-            if seed not in records.timed(group):
+            if seed not in timed:
                 continue
             last = record["curve"][-1]
             add("cost", group.length, math.log2(last["seconds"] / last["examples"]))
