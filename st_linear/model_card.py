@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from huggingface_hub import ModelCard
 from jinja2 import Template
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.model_card import SentenceTransformerModelCardData
+
+from st_linear import markdown
 
 logger = logging.getLogger(__name__)
 
@@ -140,11 +142,11 @@ def _trained(record: Mapping[str, Any]) -> Iterator[str]:
     if fidelity:
         keys = [key for key in _FIDELITY if any(key in figures for figures in fidelity.values())]
         yield "\nHow close its vectors then came to those of the encoder with exact attention, on held-out texts:\n"
-        rows = (
+        rows = [
             [f"{int(length):,}", f"{figures['n']:.0f}", *(f"{figures[k]:.4f}" if k in figures else "–" for k in keys)]
             for length, figures in fidelity.items()
-        )
-        yield from _table(["tokens", "texts", *(_FIDELITY[key] for key in keys)], rows)
+        ]
+        yield markdown.table(["tokens", "texts", *(_FIDELITY[key] for key in keys)], rows).rstrip()
 
 
 def _distilled(distilled: Distilled) -> Iterator[str]:
@@ -152,17 +154,12 @@ def _distilled(distilled: Distilled) -> Iterator[str]:
         "from gold scores alone." if distilled.teacher is None else f"from the scores of {distilled.teacher}."
     )
     yield "Correlation × 100 of cosine similarities with human scores on its test pairs:\n"
-    rows = (
+    rows = [
         [
             texts,
             str(figures["n"]),
             *("undefined" if figures[key] is None else f"{100 * figures[key]:.2f}" for key in ("pearson", "spearman")),
         ]
         for texts, figures in distilled.figures.items()
-    )
-    yield from _table(["texts", "pairs", "Pearson", "Spearman"], rows)
-
-
-def _table(header: Sequence[str], rows: Iterator[list[str]]) -> Iterator[str]:
-    for row in (header, ["---"] * len(header), *rows):
-        yield f"| {' | '.join(row)} |"
+    ]
+    yield markdown.table(["texts", "pairs", "Pearson", "Spearman"], rows).rstrip()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
 from rich.table import Table
 
+from st_linear import markdown
 from st_linear.evaluation import METRICS, NATURAL, Correlation, report_correlation
 
 
@@ -97,13 +97,7 @@ def add_fidelity(table: Table, result: dict[str, Any]) -> None:
 def as_markdown(table: Table) -> str:
     """A table without its title."""
     cells = [[str(cell) for cell in column.cells] for column in table.columns]
-    return markdown([str(column.header) for column in table.columns], list(zip(*cells)))
-
-
-def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table of strings in Markdown."""
-    rows = [header, ["---"] * len(header), *lines]
-    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |\n" for row in rows)
+    return markdown.table([str(column.header) for column in table.columns], list(zip(*cells)))
 
 
 def _figures_table(title: str, *columns: str) -> Table:

@@ -22,6 +22,7 @@ LAYERS = [
     "conversion",
     "quiet",
     "records",
+    "markdown",
     "model_card",
     "pair_head",
     "checkpoints",

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from st_linear import tables
+from st_linear import markdown, tables
 from st_linear.benchmarks import report
 from st_linear.protocols import protocol_names
 from st_linear.study import statistics
@@ -175,5 +175,5 @@ def test_the_tables_of_the_studys_page_are_made_from_its_records(study: dict[str
     rows = [[f"`{student}`", *(found.get((student, length), "–") for length in lengths)] for student in students]
     if what == "difference":
         rows = rows[1:]
-    table = tables.markdown(["student", *(f"{length:,} tokens" for length in lengths)], rows)
+    table = markdown.table(["student", *(f"{length:,} tokens" for length in lengths)], rows)
     assert table in (STUDY / "README.md").read_text(encoding="utf-8"), f"\n{table}"

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from st_linear import tables
+from st_linear.markdown import table as markdown_table
 from st_linear.plots import plot_speed
 from st_linear.records import write_text
 
@@ -77,7 +77,7 @@ def table(record: dict[str, Any]) -> Table:
 
 def markdown(record: dict[str, Any]) -> str:
     """The record's table in Markdown, with a line on what it shows above and below it."""
-    return f"{_title(record)}\n\n{tables.markdown(*rows(record))}\n{_caption(record)}\n"
+    return f"{_title(record)}\n\n{markdown_table(*rows(record))}\n{_caption(record)}\n"
 
 
 def write_report(record: dict[str, Any], folder: Path, name: str) -> None:

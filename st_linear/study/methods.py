@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from st_linear.markdown import table as markdown_table
 from st_linear.study.config import number_format
 from st_linear.study.statistics import Group, Place, Records
-from st_linear.tables import markdown as markdown_table
 
 _DEFINITIONS = """\
 - **Texts.** Each sentence pair is brought to a length in tokens by the protocol named: `repeat` says each sentence

@@ -8,12 +8,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from st_linear.markdown import table as markdown_table
 from st_linear.records import write_json, write_text
 from st_linear.study.config import Cell
 from st_linear.study.figures import INK, PAPER, Panel, draw_all
 from st_linear.study.methods import methods
 from st_linear.study.statistics import Records, summarise
-from st_linear.tables import markdown as markdown_table
 
 REPORT = "report"
 
