@@ -281,6 +281,36 @@ def convert(
 
 
 @app.command(cls=_Command)
+def export(
+    model: Annotated[str, typer.Argument(help="Hub id or folder of a converted model.")],
+    output: Annotated[Path, typer.Argument(help="Folder of the model with its graphs; may be that of the model.")],
+    formats: Annotated[str, typer.Option(help="Comma-separated: 'onnx', 'onnx-int8', 'openvino'.")] = "onnx",
+    as_json: Json = False,
+) -> None:
+    """Save a converted model with graphs of its encoder for ONNX Runtime and OpenVINO, for any batch and length.
+
+    Each graph is compared with PyTorch on texts of 16, 512 and 4,096 tokens; one that differs is not saved. Tracing
+    takes a minute or two.
+
+    Example: `st-linear export bge-small-linear bge-small-exported --formats onnx,onnx-int8,openvino`
+    """
+    import st_linear
+    from st_linear import tables
+    from st_linear.export import export
+    from st_linear.models import check_model_folder
+
+    check_model_folder(output)
+    chosen = _names(formats) or ()
+    if not chosen:
+        raise ValueError("--formats is empty: name one, onnx say")
+    with console.status(f"Exporting {model}"):
+        result = export(st_linear.load(model, device="cpu"), output, chosen)
+    _show(tables.exported(f"Exported {model}", result), result, as_json)
+    backend = chosen[0].partition("-")[0]
+    _say(f'Load it with st_linear.load("{output}", backend="{backend}")')
+
+
+@app.command(cls=_Command)
 def distill(
     model: Annotated[str, typer.Argument(help="Hub id or folder of a sentence encoder.")],
     output: Annotated[Path, typer.Argument(help="Folder of results; finished students are kept.")],
@@ -414,6 +444,10 @@ def evaluate(
         bool,
         typer.Option("--references", help="Also BM25, and the mean of the first model's static token embeddings."),
     ] = False,
+    formats: Annotated[
+        str,
+        typer.Option(help="What computes the models: 'torch', or graphs of `export`; comma-separated, each in turn."),
+    ] = "torch",
     plot: Annotated[Optional[Path], typer.Option(help="Write a plot of Pearson by length: .svg or .png.")] = None,  # noqa: UP045
     output: Annotated[
         Optional[Path],  # noqa: UP045
@@ -435,6 +469,7 @@ def evaluate(
     from st_linear.recipe import evaluate_model
     from st_linear.records import environment, write_json, write_text
     from st_linear.references import BM25, static_embeddings
+    from st_linear.runtimes import arguments_for
     from st_linear.settings import Settings
 
     plots = [path for path in (plot, None if output is None else output / "pearson.svg") if path is not None]
@@ -449,12 +484,22 @@ def evaluate(
     grid = Grid(_lengths(lengths), names, counts, seed)
     _say(f"Data: {source_name(data)} · {split}, {len(pairs)} pairs")
     # All of them, so that a wrong name is found out before the first is evaluated.
-    loaded: dict[str, Any] = {model: load(model) for model in models}
-    first = loaded[models[0]]
+    ways = {name: arguments_for(name) for name in _names(formats) or ("torch",)}
+    loaded: dict[str, Any] = {
+        model if way == "torch" else f"{model} ({way})": load(model, **arguments)
+        for model in models
+        for way, arguments in ways.items()
+    }
+    measured = set(loaded)
+    first = next(iter(loaded.values()))
     if references:
         if "bm25" in loaded:
             raise ValueError("the model 'bm25' has the name of a reference: give its path as ./bm25")
-        loaded |= {"bm25": BM25(), f"static {models[0]}": static_embeddings(first)}
+        if "torch" not in ways:
+            raise ValueError(
+                "--references takes its static embeddings from a model in PyTorch: add torch to --formats"
+            )
+        loaded |= {"bm25": BM25(), f"static {models[0]}": static_embeddings(load(models[0]))}
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
     figures = {}
@@ -466,7 +511,7 @@ def evaluate(
             figures[name] = evaluate_model(model, pairs, Settings(lengths=(), head="dse"))
             continue
         # The references read the very texts that the first model reads.
-        measured_by = None if name in models else first
+        measured_by = None if name in measured else first
         folder = None if output is None else output / "cells" / _file_name(name)
         figures[name] = evaluate_grid(model, pairs, grid, measured_by=measured_by, folder=folder)
     result = {

@@ -47,16 +47,26 @@ class AttentionCall:
     cu_seqlens: Tensor | None
     options: dict[str, Any]
 
+    @property
+    def radius(self) -> int | None:
+        """How far a sliding layer attends to each side, in tokens; None where it attends to all."""
+        # transformers counts the token itself: a window of n reaches n - 1 tokens to each side.
+        return None if self.sliding_window is None else max(self.sliding_window - 1, 1)
+
+    @property
+    def linear_attention(self) -> LinearAttention:
+        """What a converted layer carries."""
+        return getattr(self.module, _SUBMODULE)
+
     def softmax(self) -> Tensor:
         """Output of exact attention, (B, H, T, D)."""
-        if self.sliding_window is not None:
-            # transformers counts the token itself: a window of n reaches n - 1 tokens to each side.
-            return self._apply(local_attention, radius=max(self.sliding_window - 1, 1))
+        if self.radius is not None:
+            return self._apply(local_attention, radius=self.radius)
         return self._apply(softmax_attention, dropout_p=self.dropout_p)
 
     def linear(self) -> Tensor:
         """Output of the layer's :class:`LinearAttention`, (B, H, T, D)."""
-        attention: LinearAttention = getattr(self.module, _SUBMODULE)
+        attention = self.linear_attention
         if attention.window:
             return self._apply(
                 near_far_attention,

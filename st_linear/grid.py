@@ -18,6 +18,7 @@ from st_linear.evaluation import NATURAL, LengthSimilarityEvaluator
 from st_linear.protocols import check_protocol
 from st_linear.records import digest, environment, read_json, write_json
 from st_linear.references import BM25
+from st_linear.runtimes import ExportedEncoder
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,9 @@ def _fingerprint(model: SentenceTransformer | BM25) -> str:
     for name, tensor in model.state_dict().items():
         found.update(name.encode())
         found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    for module in model.modules():
+        if isinstance(module, ExportedEncoder):
+            found.update(module.fingerprint().encode())
     return found.hexdigest()
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -104,11 +105,16 @@ def load(model_name_or_path: str, **kwargs: Any) -> SentenceTransformer:
     return model
 
 
-def save_model(model: SentenceTransformer, folder: Path) -> None:
+def save_model(model: SentenceTransformer, folder: Path, add: Callable[[Path], None] | None = None) -> None:
     """Save so that ``folder`` is at any moment the old model or the new one, whole.
 
     Where the system can't exchange two folders in one step (Linux can), there is a moment between the two at which
     ``folder`` is absent.
+
+    Args:
+        model: Any.
+        folder: Where.
+        add: Puts more files into the new folder before it takes the old one's place; if this raises, it doesn't.
 
     Raises:
         ValueError: As :func:`check_model_folder`.
@@ -119,6 +125,8 @@ def save_model(model: SentenceTransformer, folder: Path) -> None:
     shutil.rmtree(fresh, ignore_errors=True)
     try:
         model.save_pretrained(str(fresh))
+        if add is not None:
+            add(fresh)
         if not folder.exists():
             fresh.rename(folder)
         elif not _exchange(fresh, folder):

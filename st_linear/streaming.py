@@ -197,7 +197,7 @@ class _Sums(_Folding):
         return State(value, value.new_zeros(*value.shape[:-2], 1, 1))
 
 
-def _kernel(feature_map: FeatureMap, query: Tensor, scale: float, *, fused: bool = False) -> _Exponential | _Sums:
+def kernel_of(feature_map: FeatureMap, query: Tensor, scale: float, *, fused: bool = False) -> _Exponential | _Sums:
     """What folds, merges and reads for a map; ``fused`` where that is to be had."""
     if not isinstance(feature_map, ExponentialFeatureMap):
         return _Sums(feature_map, scale)
@@ -226,9 +226,9 @@ def stream_linear(
     Returns:
         (B, H, T, D) in the dtype of ``query``, tokens before heads in memory; padded slots hold anything finite.
     """
-    kernel = _kernel(feature_map, query, scale, fused=has_fused_softmax(query))
+    kernel = kernel_of(feature_map, query, scale, fused=has_fused_softmax(query))
     token_mask = None if mask is None else mask[:, None, :, None]
-    offset = _state_offset(feature_map, key, mask, scale)
+    offset = state_offset(feature_map, key, mask, scale)
 
     def fold(key: Tensor, value: Tensor, mask: Tensor | None, position: Tensor) -> State:
         return kernel.fold(_upcast(key), _upcast(value), mask, position)
@@ -237,10 +237,10 @@ def stream_linear(
         return kernel.read_alone(_upcast(query), state, position).to(query.dtype)
 
     chunk = kernel.chunk(query)
-    positions = _positions(query, token_mask).split(chunk, dim=2)
+    positions = positions_of(query, token_mask).split(chunk, dim=2)
     masks = [None] * len(positions) if token_mask is None else token_mask.split(chunk, dim=2)
     parts = zip(key.split(chunk, dim=2), value.split(chunk, dim=2), masks, positions)
-    state = _with_offset(reduce(kernel.merge, (_recomputed(fold, *part) for part in parts)), offset)
+    state = with_offset(reduce(kernel.merge, (_recomputed(fold, *part) for part in parts)), offset)
     return _joined((_recomputed(read, *part) for part in zip(query.split(chunk, dim=2), positions)), query)
 
 
@@ -260,9 +260,9 @@ def stream_near_far(
 
     Blocks count slots: padding must be on the right. Time O(B·H·T·(3·window + R)·D).
     """
-    kernel = _kernel(feature_map, query, scale)
+    kernel = kernel_of(feature_map, query, scale)
     text = _Blocks(query, key, value, mask, window)
-    offset = _state_offset(feature_map, key, mask, scale)
+    offset = state_offset(feature_map, key, mask, scale)
     log_factor: Tensor | float = math.log(feature_map.weight)
     if gain is not None:
         log_factor = log_factor + _upcast(gain)[:, None, None]
@@ -291,7 +291,7 @@ def stream_near_far(
 
     def start_of(segment: int) -> list[State]:
         """States of a segment's first block, and of its other blocks."""
-        states = _stacked([nothing, *states_of(segment, 0)])
+        states = stacked([nothing, *states_of(segment, 0)])
         chosen = torch.ones(2, states.value.shape[2], dtype=torch.bool, device=query.device)
         chosen[0, 2:] = chosen[1, 1] = False
         return _unbound(kernel.merge_each(states, chosen))
@@ -311,10 +311,10 @@ def stream_near_far(
         block = torch.arange(max(start - 1, 0), min(stop + 1, text.num_blocks), device=query.device)
         row = torch.arange(start, stop, device=query.device)[:, None]
         chosen = F.pad(torch.cat([(block - row).abs() > 1, (block < stop - 1)[None]]), (1, 0), value=True)
-        merged = kernel.merge_each(_stacked([before, *states_of(segment, 1)]), chosen)
+        merged = kernel.merge_each(stacked([before, *states_of(segment, 1)]), chosen)
         # Not among the others: its gradient waits for that of all segments, and would be a view of all of theirs.
-        far_state = kernel.merge(_part(merged, 0, -1), _stacked([after]))
-        far_state = _with_offset(far_state, offset)
+        far_state = kernel.merge(_part(merged, 0, -1), stacked([after]))
+        far_state = with_offset(far_state, offset)
         far, far_log_weight = _read_blocks(kernel, queries, far_state, position, window)
         output = near.lerp(far, torch.sigmoid(far_log_weight + log_factor - near_log_weight))
         # A copy: a view would keep all of the merged states until the backward pass.
@@ -369,7 +369,7 @@ class _Blocks:
         self.num_blocks, step = math.ceil(query.shape[2] / window), max(1, _SEGMENT_TOKENS // window)
         self.segments = [(start, min(start + step, self.num_blocks)) for start in range(0, self.num_blocks, step)]
         self.mask = None if mask is None else mask[:, None, :, None]
-        self.whole = (query, key, value, _positions(query, self.mask))
+        self.whole = (query, key, value, positions_of(query, self.mask))
         # The gradient of a slice is as large as the whole; that of all pieces of one split is made once.
         self.pieces = [x.split(window, dim=2) for x in self.whole]
 
@@ -411,7 +411,7 @@ def _fold_blocks(
     for part, blocks in _in_chunks(kernel, key, window):
         token_mask = None if mask is None else mask[:, :, part]
         states.append(kernel.fold(key[:, :, part], value[:, :, part], token_mask, position[:, :, part], blocks))
-    return _stacked(states)
+    return stacked(states)
 
 
 def _read_blocks(
@@ -428,7 +428,7 @@ def _read_blocks(
     return mean, log_weight
 
 
-def _stacked(states: Sequence[State]) -> State:
+def stacked(states: Sequence[State]) -> State:
     """States, and such as hold several along dim 2, as one that holds all of them."""
     parts = zip(*((x if x.ndim == 5 else x.unsqueeze(2) for x in state) for state in states))
     return State(*(torch.cat(part, dim=2) if len(part) > 1 else part[0] for part in parts))
@@ -442,14 +442,14 @@ def _unbound(states: State) -> list[State]:
     return [State(*parts) for parts in zip(*(x.unbind(2) for x in states))]
 
 
-def _with_offset(state: State, offset: Tensor | None) -> State:
+def with_offset(state: State, offset: Tensor | None) -> State:
     """``state`` with ``offset`` (B, H, 1, R), if any, on its weights, which may be those of several blocks."""
     if offset is None:
         return state
     return State(state.value, state.log_weight + (offset.unsqueeze(2) if state.log_weight.ndim == 5 else offset))
 
 
-def _state_offset(feature_map: FeatureMap, key: Tensor, mask: Tensor | None, scale: float) -> Tensor | None:
+def state_offset(feature_map: FeatureMap, key: Tensor, mask: Tensor | None, scale: float) -> Tensor | None:
     """What is added to the weights of a whole text's state, (B or 1, H, 1, R), or None."""
     if not isinstance(feature_map, ExponentialFeatureMap):
         return None
@@ -465,7 +465,7 @@ def _has(feature_map: ExponentialFeatureMap, offset: str) -> bool:
     return getattr(type(feature_map), offset) is not getattr(ExponentialFeatureMap, offset)
 
 
-def _positions(query: Tensor, token_mask: Tensor | None) -> Tensor:
+def positions_of(query: Tensor, token_mask: Tensor | None) -> Tensor:
     """Share of its text's tokens before each slot, (B or 1, 1, T, 1)."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     if token_mask is None:

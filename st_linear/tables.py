@@ -94,6 +94,18 @@ def add_fidelity(table: Table, result: dict[str, Any]) -> None:
             table.add_row(f"{title}, {int(length):,} tokens × {some['n']:.0f}", " · ".join(cells))
 
 
+def exported(title: str, formats: dict[str, Any]) -> Table:
+    """Graphs of an encoder, and how far from PyTorch they are."""
+    table = Table(title=title, caption="largest difference of a token's embedding, by number of tokens")
+    lengths = next(iter(formats.values()))["largest_difference"]
+    for column in ("format", "file", "MiB", *(f"{int(length):,}" for length in lengths)):
+        table.add_column(column, justify="left" if column in ("format", "file") else "right")
+    for name, entry in formats.items():
+        differences = (f"{value:.1e}" for value in entry["largest_difference"].values())
+        table.add_row(name, entry["file"], f"{entry['bytes'] / 2**20:.1f}", *differences)
+    return table
+
+
 def as_markdown(table: Table) -> str:
     """A table without its title."""
     cells = [[str(cell) for cell in column.cells] for column in table.columns]

@@ -47,6 +47,7 @@ from st_linear.positions import (
     rescaled_positions,
     trained_positions,
 )
+from st_linear.runtimes import RUNTIMES, ExportedEncoder
 from st_linear.untrusted import refuse_kernels
 
 logger = logging.getLogger(__name__)
@@ -146,8 +147,12 @@ class LinearTransformer(Transformer):
                 f"attn_implementation={implementation!r} can't be combined with LinearTransformer, which brings its "
                 "own; for exact attention pass feature_map='softmax'"
             )
-        if kwargs.get("backend", "torch") != "torch":
-            raise ValueError(f"LinearTransformer runs on backend='torch' only, got {kwargs['backend']!r}")
+        backend = kwargs.get("backend", "torch")
+        if backend in RUNTIMES and adapter != NO_ADAPTER:
+            raise ValueError(
+                f"LinearTransformer converts encoders on backend='torch' only, got {backend!r}; load an exported "
+                f"model with SentenceTransformer(folder, backend={backend!r}, trust_remote_code=True)"
+            )
         self._loading_info: dict[str, Any] = {}
         with one_line_if_missing(model_name_or_path):
             super().__init__(model_name_or_path, **kwargs)
@@ -219,6 +224,10 @@ class LinearTransformer(Transformer):
         self.training_record = {}
         revision = getattr(self.model.config, "_commit_hash", None)
         self.base_encoder = {"name": self.model.config._name_or_path, "revision": revision}
+        if self.backend != "torch":
+            # An exported graph has it all in it.
+            self.max_seq_length = max_seq_length
+            return
         linearise(
             self.model,
             feature_map=feature_map,
@@ -303,15 +312,18 @@ class LinearTransformer(Transformer):
                 "DataParallel takes packed texts apart: use a process for each GPU (torchrun, accelerate launch), or "
                 "set unpad_inputs=False"
             )
-        limit = trained_positions(self.model)
-        stretched = self.model.config.max_position_embeddings > limit
-        if self.position_extension == "tile" and stretched and has_rotary_positions(self.model):
+        if self.squeezes_positions():
             mask = _packed_mask(features) if packed else features["attention_mask"]
-            positions = rescaled_positions(mask, limit)
+            positions = rescaled_positions(mask, trained_positions(self.model))
             if positions is not None:
                 features["position_ids"] = positions[mask.bool()][None] if packed else positions
         features = super().forward(features, **kwargs)
         return self._unpack(features) if packed else features
+
+    def squeezes_positions(self) -> bool:
+        """Whether texts longer than the trained range get positions of their own, squeezed into it."""
+        stretched = self.model.config.max_position_embeddings > trained_positions(self.model)
+        return self.position_extension == "tile" and stretched and has_rotary_positions(self.model)
 
     def _unpack(self, features: dict[str, Any]) -> dict[str, Any]:
         """Put a packed output back into padded rows, which every later module and ``output_value`` understands."""
@@ -344,7 +356,10 @@ class LinearTransformer(Transformer):
         return True
 
     def _load_model(self, model_name_or_path: str, *args: Any, **kwargs: Any) -> PreTrainedModel:
-        refuse_kernels(model_name_or_path, args[1])
+        _, config, backend, *_ = args
+        if backend in RUNTIMES:
+            return ExportedEncoder.load(model_name_or_path, config, backend, **kwargs)  # type: ignore[return-value]
+        refuse_kernels(model_name_or_path, config)
         # transformers' own error on misshapen tensors names neither the tensor nor its shape: ours does.
         kwargs.update(ignore_mismatched_sizes=True, output_loading_info=True)
         try:
@@ -358,6 +373,8 @@ class LinearTransformer(Transformer):
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
         """Save a plain transformers checkpoint, and beside it what linear attention adds; safetensors only."""
+        if self.backend != "torch":
+            raise ValueError(f"a model that runs on {self.backend} can't be saved: load it with backend='torch'")
         plain, added = split_state_dict(self.model)
         self.model.save_pretrained(output_path, state_dict=plain)
         self.processor.save_pretrained(output_path)
@@ -372,18 +389,20 @@ class LinearTransformer(Transformer):
             ValueError: If a tensor is missing, left over or misshapen, or a file is damaged.
         """
         subfolder = kwargs.get("subfolder", args[0] if args else "")
+        exported = kwargs.get("backend", "torch") in RUNTIMES
         weights = load_file_path(model_name_or_path, WEIGHTS_NAME, subfolder, **hub_kwargs_of(kwargs))
         if weights is None:
             raise ValueError(f"{model_name_or_path} holds no {WEIGHTS_NAME}: LinearTransformer saved no model there")
         # Its own weights, not those of an adapter, whose settings it may have.
         kwargs["init_defaults"] = {**(kwargs.get("init_defaults") or {}), "adapter": NO_ADAPTER}
-        kwargs["model_kwargs"] = {"use_safetensors": True, **(kwargs.get("model_kwargs") or {})}
+        if not exported:
+            kwargs["model_kwargs"] = {"use_safetensors": True, **(kwargs.get("model_kwargs") or {})}
         module = super().load(model_name_or_path, *args, **kwargs)
-        info = module._loading_info
-        refuse_mismatch(
-            f"{model_name_or_path}: model.safetensors", info.get("missing_keys", ()), info.get("unexpected_keys", ())
-        )
-        module._load_linear_weights(weights)
+        if not exported:
+            info = module._loading_info
+            missing, unexpected = info.get("missing_keys", ()), info.get("unexpected_keys", ())
+            refuse_mismatch(f"{model_name_or_path}: model.safetensors", missing, unexpected)
+            module._load_linear_weights(weights)
         config = read_json_file(model_name_or_path, CONFIG_NAME, subfolder, **hub_kwargs_of(kwargs)) or {}
         module.training_record = config.get("training") or {}
         base = {name: value for name, value in (config.get("base") or {}).items() if name != "fingerprint"}

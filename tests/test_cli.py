@@ -126,6 +126,34 @@ class TestConvert:
         assert files(place) == before
 
 
+class TestExport:
+    @pytest.mark.slow
+    def test_json_of_graphs(self, run: Callable[..., tuple[int, str, str]], place: Path) -> None:
+        assert run("convert bert out --feature-map elu --window 6 --max-seq-length 200")[0] == 0
+        code, out, err = run("export out out --json")
+        assert code == 0
+        result = json.loads(out)
+        assert list(result) == ["onnx"]
+        assert max(result["onnx"]["largest_difference"].values()) < 1e-4
+        assert 'st_linear.load("out", backend="onnx")' in err
+        text = " ".join(WORDS * 3)
+        assert (
+            abs(st_linear.load("out", backend="onnx").encode(text) - st_linear.load("out").encode(text)).max() < 1e-5
+        )
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ("--formats tflite", "unknown format 'tflite'; choose among: onnx, onnx-int8, openvino"),
+            ("--formats ,", "--formats is empty: name one, onnx say"),
+        ],
+    )
+    def test_refusals(self, options: str, message: str, run: Callable[..., tuple[int, str, str]], place: Path) -> None:
+        code, _, err = run(f"export bert out {options}")
+        assert code == 2
+        assert one_line_error(err) == f"Error: {message}"
+
+
 class TestTrainedConversion:
     LINE = (
         "convert bert out --texts book.txt --steps 6 --train-lengths 48,96 --window 8 --num-features 12 "

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -22,8 +23,10 @@ from st_linear.benchmarks.timing import Step
 from st_linear.benchmarks.workloads import Workload, over_limit
 from st_linear.conversion import AttentionCall, attention_calls, observe_attention
 from st_linear.data import load_pairs, repeat_to_length, source_name, training_sentences
+from st_linear.export import export, require_for
 from st_linear.models import convert, load
 from st_linear.recipe import packaged_base
+from st_linear.runtimes import FILES, arguments_for
 
 ENCODE_BATCH_SIZE = 32
 """Of ``model.encode``: Sentence Transformers' own default."""
@@ -35,7 +38,11 @@ PADDED = " padded"
 """Ends the name of a contender of the level ``mixed`` that pads; its twin takes packed inputs."""
 
 ENCODER_PEERS = ("softmax", "no-attention", "performer")
-"""Contenders of the encoder levels that are not st_linear's; ``performer`` takes ``[:features]``."""
+"""Contenders of the encoder levels that are not st_linear's; ``performer`` takes ``[:features]``.
+
+At the level ``encoder``, ``softmax`` and st_linear's own also run as exported graphs: ``FORMAT:MODEL``, with one of
+:data:`~st_linear.runtimes.FILES`, e.g. ``onnx:softmax``.
+"""
 
 _DROPOUT_OPTIONS = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
 """Names under which transformers' encoder configs hold the dropout of attention weights."""
@@ -55,6 +62,12 @@ def check_encoder(name: str, settings: Settings) -> None:
         performer_attention(rest, 32)
         if settings.level == "mixed":
             raise ValueError(f"model {name!r} takes no mask and no packed inputs: leave it out of level 'mixed'")
+    elif head in FILES:
+        if settings.level != "encoder" or settings.dtype != "float32" or settings.device != "cpu":
+            raise ValueError(f"model {name!r} runs at level 'encoder', in float32, on the CPU alone")
+        require_for(head)
+        if rest != "softmax":
+            MapSpec.parse(rest, settings.features, peers="softmax")
     elif name not in ENCODER_PEERS:
         MapSpec.parse(name, settings.features, peers=", ".join(ENCODER_PEERS))
 
@@ -121,6 +134,7 @@ class Encoders:
     settings: Settings
     max_seq_length: int
     loaded: dict[str, Encoder] = field(default_factory=dict)
+    exported: dict[str, TemporaryDirectory[str]] = field(default_factory=dict)
 
     @cached_property
     def base(self) -> SentenceTransformer:
@@ -163,6 +177,8 @@ class Encoders:
     def _make(self, name: str) -> Encoder:
         bare = name.removesuffix(PADDED)
         head, _, rest = bare.partition(":")
+        if head in FILES:
+            return Encoder(load(self._exported(rest), device="cpu", **arguments_for(head)))
         if head in ENCODER_PEERS:
             encoder = Encoder(self._convert(feature_map="softmax"))
             if head == "softmax":
@@ -173,16 +189,24 @@ class Encoders:
             else:
                 encoder.observer = _performer(rest, self.settings)
         else:
-            spec = MapSpec.parse(bare, self.settings.features)
-            encoder = Encoder(
-                self._convert(
-                    feature_map=spec.feature_map, feature_map_kwargs=spec.options or None, window=spec.window
-                )
-            )
+            encoder = Encoder(self._convert_to(bare))
         encoder.model.to(self.settings.device, self.settings.torch_dtype())
         # Packed where the model can: padding is what the twins are for.
         encoder.transformer.unpad_inputs = False if name.endswith(PADDED) or head == "softmax" else None
         return encoder
+
+    def _exported(self, bare: str) -> str:
+        """A folder with a model in all formats that take part."""
+        if bare not in self.exported:
+            self.exported[bare] = TemporaryDirectory()
+            model = self._convert(feature_map="softmax") if bare == "softmax" else self._convert_to(bare)
+            formats = [name for name in FILES if f"{name}:{bare}" in self.settings.models]
+            export(model, Path(self.exported[bare].name) / "model", formats)
+        return str(Path(self.exported[bare].name) / "model")
+
+    def _convert_to(self, bare: str) -> SentenceTransformer:
+        spec = MapSpec.parse(bare, self.settings.features)
+        return self._convert(feature_map=spec.feature_map, feature_map_kwargs=spec.options or None, window=spec.window)
 
     def _convert(self, **options: Any) -> SentenceTransformer:
         options = {"window": 0, "max_seq_length": self.max_seq_length, "seed": self.settings.seed, **options}

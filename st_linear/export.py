@@ -1,0 +1,248 @@
+"""Converted encoders as graphs for ONNX Runtime and OpenVINO, which :mod:`st_linear.runtimes` runs.
+
+Files lie where Sentence Transformers has them, so ``backend="onnx"`` and ``backend="openvino"`` find them. Its own
+exporter, Optimum, takes no version of transformers that st_linear runs on.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from torch import Tensor, nn
+
+from st_linear.conversion import AttentionCall, observe_attention
+from st_linear.models import save_model
+from st_linear.runtimes import DIGEST, FILES, OUTPUT, PACKAGES, ExportedEncoder, digest_of, require
+from st_linear.traceable import traceable_linear, traceable_local, traceable_near_far
+from st_linear.transformer import LinearTransformer
+
+TOLERANCE = 1e-4
+"""Largest difference of a token's embedding that :func:`export` lets pass; ``onnx-int8`` has none."""
+
+CHECKED_LENGTHS = (16, 512, 4096)
+"""Tokens of the texts that every exported graph is compared with PyTorch on."""
+
+
+def export(model: SentenceTransformer, folder: str | Path, formats: Sequence[str] = ("onnx",)) -> dict[str, Any]:
+    """Save a converted model with graphs of its encoder, for any batch and length, and compare them with PyTorch.
+
+    The folder is a whole model as ``save_pretrained`` writes it, so that PyTorch can load it as well, and at any
+    moment the old one or the new one. Load it with ``backend="onnx"`` or ``"openvino"``::
+
+        model = SentenceTransformer(folder, backend="onnx", trust_remote_code=True)
+
+    Weights are float32. In ``onnx-int8`` those of matrix products and of token embeddings are int8, and activations
+    are quantised as they come; load it with ``model_kwargs={"file_name": "onnx/model_quint8.onnx"}``.
+
+    Args:
+        model: A model that begins with a LinearTransformer.
+        folder: Where; an earlier model of st_linear's there is replaced.
+        formats: Of :data:`FILES`, one or several.
+
+    Returns:
+        By format: ``file``, ``bytes``, and ``largest_difference`` of a token's embedding by number of tokens.
+
+    Raises:
+        ImportError: If ONNX Runtime or OpenVINO is not installed.
+        ValueError: If a format is unknown, the model has no linear attention of st_linear's, pads on the left, or a
+            graph's outputs differ from PyTorch's by more than :data:`TOLERANCE`.
+    """
+    for name in formats:
+        if name not in FILES:
+            raise ValueError(f"unknown format {name!r}; choose among: {', '.join(FILES)}")
+        require_for(name)
+    encoder: Any = model[0]
+    if not isinstance(encoder, LinearTransformer) or encoder.backend != "torch":
+        raise ValueError("can't export this model: pass a converted one, loaded with backend='torch'")
+    side = encoder.tokenizer.padding_side  # type: ignore[union-attr]
+    if side != "right":
+        raise ValueError(f"can't export a model that pads on the {side}: on the right alone")
+    differences: dict[str, dict[int, float]] = {}
+    sizes: dict[str, int] = {}
+
+    def add_graphs(fresh: Path) -> None:
+        graph = _Graph(encoder)
+        with tempfile.TemporaryDirectory() as temporary:
+            onnx = Path(temporary) / "model.onnx"
+            graph.write(onnx, digest_of(fresh))
+            for name in formats:
+                file = fresh / FILES[name]
+                file.parent.mkdir(exist_ok=True)
+                _WRITERS[name](onnx, file)
+                sizes[name] = sum(part.stat().st_size for part in file.parent.glob(f"{file.stem}.*"))
+                differences[name] = graph.differences(ExportedEncoder(file, encoder.config, name.partition("-")[0]))
+                largest = max(differences[name].values())
+                if name != "onnx-int8" and not largest <= TOLERANCE:
+                    raise ValueError(f"the {name} graph differs from PyTorch by {largest:.1e}, more than {TOLERANCE}")
+
+    save_model(model, Path(folder), add_graphs)
+    return {
+        name: {
+            "file": str(Path(folder) / FILES[name]),
+            "bytes": sizes[name],
+            "largest_difference": {str(length): value for length, value in differences[name].items()},
+        }
+        for name in formats
+    }
+
+
+def require_for(name: str) -> None:
+    """Raise an ImportError that says what to install, unless all is there that writes a format."""
+    backend = name.partition("-")[0]
+    require(backend, "onnx", "onnxscript", PACKAGES[backend])
+
+
+class _Graph(nn.Module):
+    """An encoder on the CPU in float32, whose attention is of the form that can be traced."""
+
+    def __init__(self, encoder: Any) -> None:
+        super().__init__()
+        self.encoder = copy.deepcopy(encoder.model).to("cpu", torch.float32)
+        self.limit = encoder.max_seq_length
+        self.window = max(1, encoder.window)
+        self.inputs = list(encoder.tokenizer(["a"]).keys())
+        if encoder.squeezes_positions():
+            self.inputs.append("position_ids")
+        self.eval()
+
+    # Names, as the tracer takes no keywords without.
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        inputs |= {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        inputs |= {} if position_ids is None else {"position_ids": position_ids}
+        with observe_attention(_attend):
+            return self.encoder(**inputs).last_hidden_state
+
+    def write(self, file: Path, digest: str) -> None:
+        """Write the graph as ONNX."""
+        from onnx_ir import Shape
+
+        # Three blocks and a part of one: fewer would be taken for a number that never changes.
+        example = self._example(2, min(self.limit, 3 * self.window + 5))
+        dynamic = dict.fromkeys((0, 1), torch.export.Dim.DYNAMIC)
+        with torch.no_grad(), _quiet():
+            program = torch.onnx.export(
+                self,
+                kwargs=example,
+                input_names=list(example),
+                output_names=[OUTPUT],
+                dynamic_shapes=dict.fromkeys(example, dynamic),
+                dynamo=True,
+                verbose=False,
+            )
+        assert program is not None
+        program.model.metadata_props[DIGEST] = digest
+        graph = program.model.graph
+        for value in graph.inputs:
+            value.shape = Shape(["batch", "length"])
+        graph.outputs[0].shape = Shape(["batch", "length", self.encoder.config.hidden_size])
+        program.save(file)
+
+    def differences(self, exported: ExportedEncoder) -> dict[int, float]:
+        """Largest difference of a token's embedding, by number of tokens: of two texts, one of them shorter."""
+        found = {}
+        for length in sorted({min(length, self.limit) for length in CHECKED_LENGTHS}):
+            example = self._example(2, length)
+            tokens = example["attention_mask"].bool()
+            with torch.no_grad():
+                expected = self.encoder(**example).last_hidden_state[tokens]
+                output = exported(**example).last_hidden_state[tokens]
+            found[length] = (output - expected).abs().max().item()
+        return found
+
+    def _example(self, texts: int, length: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(length)
+        size = self.encoder.config.vocab_size
+        # Ids below 1,000 hold special tokens in many vocabularies, padding among them.
+        ids = torch.randint(min(1000, size // 2), size, (texts, length), generator=generator)
+        mask = torch.ones_like(ids)
+        mask[-1, max(1, length * 2 // 3) :] = 0
+        positions = torch.arange(length, dtype=torch.float32).expand(texts, -1)
+        made = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "token_type_ids": torch.zeros_like(ids),
+            "position_ids": positions.contiguous(),
+        }
+        return {name: made[name] for name in self.inputs}
+
+
+def _attend(call: AttentionCall) -> Tensor:
+    assert call.attention_mask is not None
+    arguments = (call.query, call.key, call.value, call.attention_mask.bool())
+    if call.is_linear():
+        attention = call.linear_attention
+        options: dict[str, Any] = {"feature_map": attention.feature_map, "scale": call.scale}
+        if not attention.window:
+            return traceable_linear(*arguments, **options)
+        return traceable_near_far(*arguments, window=attention.window, gain=attention.gain, **options)
+    if call.radius is not None:
+        return traceable_local(*arguments, radius=call.radius, scale=call.scale)
+    return call.softmax()
+
+
+def _write_onnx(onnx: Path, file: Path) -> None:
+    for part in onnx.parent.glob(f"{onnx.name}*"):
+        file.with_name(part.name).write_bytes(part.read_bytes())
+
+
+def _write_int8(onnx: Path, file: Path) -> None:
+    from onnx import load
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    graph = load(onnx).graph
+    matrices = {tensor.name for tensor in graph.initializer if len(tensor.dims) == 2}
+    # A scale by channel, which a matrix for each head can't have: with one for the whole, cosines fall to 0.9.
+    # Unsigned, as signed weights overflow the 16-bit sums of processors without VNNI.
+    excluded = [node.name for node in graph.node if node.op_type == "MatMul" and node.input[1] not in matrices]
+    with _quiet():
+        quantize_dynamic(onnx, file, weight_type=QuantType.QUInt8, per_channel=True, nodes_to_exclude=excluded)
+
+
+def _write_openvino(onnx: Path, file: Path) -> None:
+    import openvino
+
+    model = openvino.Core().read_model(onnx)
+    model.set_rt_info(_metadata(onnx), [DIGEST])
+    openvino.save_model(model, file, compress_to_fp16=False)
+
+
+_WRITERS = {"onnx": _write_onnx, "onnx-int8": _write_int8, "openvino": _write_openvino}
+
+
+def _metadata(onnx: Path) -> str:
+    from onnx import load
+
+    return {entry.key: entry.value for entry in load(onnx, load_external_data=False).metadata_props}[DIGEST]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """PyTorch's exporter and ONNX Runtime's quantiser say much that no user can act on."""
+    # The quantiser logs through the root logger.
+    loggers = [logging.getLogger(name) for name in (None, "torch.onnx", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
