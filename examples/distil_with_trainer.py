@@ -26,7 +26,7 @@ def main(teacher: str | None = None) -> None:
     """Teacher, scores, student, training, evaluation, saving."""
     set_seed(0)
     base = packaged_base()
-    train = load_pairs("sample", "train").select(range(128))
+    train = load_pairs("sample", "train").select(range(64))
     dev = load_pairs("sample", "dev")
 
     if teacher is None:
@@ -47,7 +47,7 @@ def main(teacher: str | None = None) -> None:
         learning_rate=3e-5,
         warmup_steps=0.1,
         eval_strategy="steps",
-        eval_steps=4,
+        eval_steps=2,
         logging_strategy="no",
         save_strategy="no",
         report_to="none",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +84,7 @@ class LinearModelCardData(SentenceTransformerModelCardData):
 
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()
-        template = SentenceTransformerModelCardData.template_path.read_text(encoding="utf-8").partition(_HEADER)[2]
-        before, heading, after = template.partition(_NEXT_SECTION)
-        body = Template(f"{before}{{{{ attention }}}}\n\n{heading}{after}")
-        values["body"] = body.render(**values, attention="\n".join(self._attention()), hf_emoji="🤗")
+        values["body"] = _body().render(**values, attention="\n".join(self._attention()), hf_emoji="🤗")
         return values
 
     def _attention(self) -> Iterator[str]:
@@ -113,6 +111,14 @@ class LinearModelCardData(SentenceTransformerModelCardData):
         yield from _trained(encoder.training_record)
         if self.distilled is not None:
             yield from _distilled(self.distilled)
+
+
+@cache
+def _body() -> Template:
+    """Sentence Transformers' template with a place for our section. To compile it takes longer than a small model."""
+    template = SentenceTransformerModelCardData.template_path.read_text(encoding="utf-8").partition(_HEADER)[2]
+    before, heading, after = template.partition(_NEXT_SECTION)
+    return Template(f"{before}{{{{ attention }}}}\n\n{heading}{after}")
 
 
 def _stated(text: str | None) -> dict[str, Any]:

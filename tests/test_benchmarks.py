@@ -707,6 +707,27 @@ class TestRun:
         assert ("attention_dropout" in result) == (level == "training")
         assert all(len(figures["seconds"]) == 6 for figures in result["contenders"].values())
 
+    @pytest.mark.slow
+    def test_exported_encoders(self, bert: str) -> None:
+        models = ("softmax", "elu@4", "onnx:softmax", "onnx:elu@4", "onnx-int8:elu@4", "openvino:elu@4")
+        record = run(Settings.for_level("encoder", base=bert, models=models, lengths=(16, 40), rounds=6))
+        for result in record["results"]:
+            assert list(result["contenders"]) == list(models)
+            assert all(len(figures["seconds"]) == 6 for figures in result["contenders"].values())
+
+    @pytest.mark.parametrize(
+        ("level", "options", "message"),
+        [
+            ("training", {}, "model 'onnx:elu' runs at level 'encoder', in float32, on the CPU alone"),
+            ("mixed", {}, "model 'onnx:elu' runs at level 'encoder', in float32, on the CPU alone"),
+            ("encoder", {"dtype": "bfloat16"}, "model 'onnx:elu' runs at level 'encoder', in float32"),
+            ("encoder", {"models": ("onnx:nosuch",)}, "unknown model 'nosuch'; choose among: softmax, MAP["),
+        ],
+    )
+    def test_exported_encoders_only_read(self, level: str, options: dict[str, Any], message: str) -> None:
+        with refused(message):
+            run(Settings.for_level(level, **{"models": ("softmax", "onnx:elu"), **options}))
+
     def test_mixed(self, bert: str, tmp_path: Path) -> None:
         write_pairs(tmp_path / "pairs")
         settings = Settings.for_level(

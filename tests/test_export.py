@@ -16,18 +16,14 @@ import torch
 from conftest import FAMILIES, refused
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling
+from test_recipe import write_pairs
 
 import st_linear
-from st_linear import LinearTransformer
+from st_linear import LinearTransformer, cli
 from st_linear.export import _Graph, export
 from st_linear.feature_maps import feature_map_names
-from st_linear.runtimes import FILES
-
-RUNS: dict[str, dict[str, Any]] = {
-    "onnx": {"backend": "onnx"},
-    "onnx-int8": {"backend": "onnx", "model_kwargs": {"file_name": FILES["onnx-int8"]}},
-    "openvino": {"backend": "openvino"},
-}
+from st_linear.grid import _fingerprint
+from st_linear.runtimes import FILES, arguments_for
 
 
 def make(folder: str, **settings: Any) -> SentenceTransformer:
@@ -68,7 +64,7 @@ def test_report(exported: tuple[Path, dict[str, Any]]) -> None:
 def test_any_batch_and_length(
     name: str, model: SentenceTransformer, exported: tuple[Path, Any], text: Callable[..., str]
 ) -> None:
-    graph = st_linear.load(str(exported[0]), **RUNS[name])
+    graph = st_linear.load(str(exported[0]), **arguments_for(name))
     for lengths in ([3], [200], [3, 17, 64, 200], [24] * 5, [199, 4]):
         texts = [text(length, seed) for seed, length in enumerate(lengths)]
         assert largest_difference(model, graph, texts) < 1e-4
@@ -79,9 +75,9 @@ def test_vectors_are_the_models(
     name: str, model: SentenceTransformer, exported: tuple[Path, Any], text: Callable[..., str]
 ) -> None:
     texts = [text(length) for length in (5, 30, 200)]
-    trusted = SentenceTransformer(str(exported[0]), trust_remote_code=True, **RUNS[name])
+    trusted = SentenceTransformer(str(exported[0]), trust_remote_code=True, **arguments_for(name))
     vectors = trusted.encode(texts)
-    np.testing.assert_array_equal(st_linear.load(str(exported[0]), **RUNS[name]).encode(texts), vectors)
+    np.testing.assert_array_equal(st_linear.load(str(exported[0]), **arguments_for(name)).encode(texts), vectors)
     similarity = model.similarity_pairwise(model.encode(texts), vectors)
     assert (similarity > (0.98 if name == "onnx-int8" else 1 - 1e-6)).all()
     assert model.encode(texts).dtype == vectors.dtype
@@ -261,6 +257,33 @@ def test_all_minilm(minilm: str, tmp_path: Path) -> None:
         differences = report[name]["largest_difference"]
         assert list(differences) == ["16", "512", "4096"]
         assert max(differences.values()) < 1e-4
+
+
+def test_figures_of_one_format_are_not_taken_for_anothers(exported: tuple[Path, Any]) -> None:
+    prints = {_fingerprint(st_linear.load(str(exported[0]), **arguments_for(name))) for name in ("torch", *FILES)}
+    assert len(prints) == 1 + len(FILES)
+
+
+def test_evaluate_takes_formats(
+    exported: tuple[Path, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    write_pairs(tmp_path / "pairs")
+    monkeypatch.chdir(tmp_path)
+    line = ["evaluate", str(exported[0]), "--data", "pairs", "--formats", "torch,onnx", "--json"]
+    with pytest.raises(SystemExit) as info:
+        cli.main(line)
+    assert not info.value.code
+    figures = json.loads(capfd.readouterr().out)["models"]
+    assert list(figures) == [str(exported[0]), f"{exported[0]} (onnx)"]
+    own, graph = (entry["natural"]["pearson"] for entry in figures.values())
+    assert graph == pytest.approx(own, abs=1e-5)
+    with pytest.raises(SystemExit) as info:
+        cli.main([*line[:-2], "tflite"])
+    assert info.value.code == 2
+    assert "unknown format 'tflite'; choose among: torch, onnx, onnx-int8, openvino" in capfd.readouterr().err
 
 
 def test_no_gradients_flow(exported: tuple[Path, Any], text: Callable[..., str]) -> None:

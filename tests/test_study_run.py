@@ -187,6 +187,15 @@ class TestRecords:
         assert len(summary.finished) == 5
         assert before == {path: path.stat().st_mtime_ns for path in done.glob("cells/*/record.json")}
 
+    def test_out_of_time(self, done: Path, config: dict[str, Any], tmp_path: Path) -> None:
+        study = Study.model_validate(config)
+        job = Job(study, prepare(study, tmp_path), tmp_path)
+        cell = study.cells()[0]
+        assert attempt(cell, job, deadline=time.time()) == Outcome("paused")
+        assert attempt(cell, job) == Outcome("finished")
+        assert records(tmp_path)[cell.folder]["training"]["resumed_at"] == 1
+        assert comparable(tmp_path)[cell.folder] == comparable(done)[cell.folder]
+
     def test_another_study_is_refused(self, done: Path, config: dict[str, Any]) -> None:
         other = Study.model_validate({**config, "budget": {"examples": 72}})
         with refused(f"{done} holds a study with budget.examples=64, this one has 72: name another folder"):
@@ -203,6 +212,7 @@ class TestRecords:
 
 
 class TestKills:
+    @pytest.mark.slow
     def test_killed_in_training_and_before_the_record(
         self, done: Path, config: dict[str, Any], tmp_path: Path
     ) -> None:
@@ -272,15 +282,6 @@ class TestKills:
             assert (process.returncode, out) == (0, b"ready\ndone\n"), err
         assert comparable(tmp_path / "out") == comparable(done)
 
-    def test_out_of_time(self, done: Path, config: dict[str, Any], tmp_path: Path) -> None:
-        study = Study.model_validate(config)
-        job = Job(study, prepare(study, tmp_path), tmp_path)
-        cell = study.cells()[0]
-        assert attempt(cell, job, deadline=time.time()) == Outcome("paused")
-        assert attempt(cell, job) == Outcome("finished")
-        assert records(tmp_path)[cell.folder]["training"]["resumed_at"] == 1
-        assert comparable(tmp_path)[cell.folder] == comparable(done)[cell.folder]
-
     def test_another_process_has_the_cell(self, config: dict[str, Any], tmp_path: Path) -> None:
         study = Study.model_validate(config)
         job = Job(study, prepare(study, tmp_path), tmp_path)
@@ -311,8 +312,6 @@ class TestFailures:
         ("error", "out_of_memory"),
         [
             (ValueError("too\nbad"), False),
-            (MemoryError(), True),
-            (torch.OutOfMemoryError("CUDA out of memory"), True),
             (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), True),
         ],
     )
@@ -336,6 +335,11 @@ class TestFailures:
         assert "\n" not in failure["message"]
         assert failure["message"] in said[-1]
 
+    @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
+    def test_errors_that_tell_of_too_little_memory(self, error: Exception) -> None:
+        assert cells_module._is_out_of_memory(error)
+        assert not cells_module._is_out_of_memory(ValueError("too bad"))
+
     def test_failed_cells_are_run_again_when_asked(
         self,
         config: dict[str, Any],
@@ -350,6 +354,7 @@ class TestFailures:
         assert len(run(few, tmp_path, engine="inline").failed) == 1
         assert len(run(few, tmp_path, engine="inline", retry_failed=True).finished) == 1
 
+    @pytest.mark.slow
     def test_a_cell_whose_process_dies(self, config: dict[str, Any], tmp_path: Path) -> None:
         few = {**config, "grid": [{"attention": ["softmax"], "length": 16}]}
         # Of the child alone: forkserver imports the script, too.
@@ -372,9 +377,10 @@ class TestFailures:
     def test_a_full_disk_as_safetensors_tells_it(
         self, config: dict[str, Any], tmp_path: Path, fail: Callable[[Exception], None]
     ) -> None:
+        few = {**config, "grid": {"attention": "elu", "length": 16}}
         fail(RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"))
         with refused("No space left on device", StudyStopped):
-            run(Study.model_validate(config), tmp_path, engine="inline")
+            run(Study.model_validate(few), tmp_path, engine="inline")
 
     def test_a_read_only_folder(self, config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         # Tests may run as root, who may write anywhere.
