@@ -10,8 +10,9 @@ import copy
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
+from st_linear.attention import softmax_attention
 from st_linear.conversion import AttentionCall, observe_attention
 from st_linear.models import save_model
 from st_linear.runtimes import DIGEST, FILES, OUTPUT, PACKAGES, ExportedEncoder, digest_of, require
@@ -108,7 +110,7 @@ class _Graph(nn.Module):
         super().__init__()
         self.encoder = copy.deepcopy(encoder.model).to("cpu", torch.float32)
         self.limit = encoder.max_seq_length
-        self.window = max(1, encoder.window)
+        self.window = encoder.window
         self.inputs = list(encoder.tokenizer(["a"]).keys())
         if encoder.squeezes_positions():
             self.inputs.append("position_ids")
@@ -132,8 +134,8 @@ class _Graph(nn.Module):
         """Write the graph as ONNX."""
         from onnx_ir import Shape
 
-        # Three blocks and a part of one: fewer would be taken for a number that never changes.
-        example = self._example(2, min(self.limit, 3 * self.window + 5))
+        # Some blocks and a part of one: a single one would be taken for a number that never changes.
+        example = self._example(2, min(self.limit, 3 * max(self.window, 128) + 5))
         dynamic = dict.fromkeys((0, 1), torch.export.Dim.DYNAMIC)
         with torch.no_grad(), _quiet():
             program = torch.onnx.export(
@@ -185,15 +187,31 @@ class _Graph(nn.Module):
 def _attend(call: AttentionCall) -> Tensor:
     assert call.attention_mask is not None
     arguments = (call.query, call.key, call.value, call.attention_mask.bool())
-    if call.is_linear():
-        attention = call.linear_attention
-        options: dict[str, Any] = {"feature_map": attention.feature_map, "scale": call.scale}
-        if not attention.window:
-            return traceable_linear(*arguments, **options)
-        return traceable_near_far(*arguments, window=attention.window, gain=attention.gain, **options)
-    if call.radius is not None:
-        return traceable_local(*arguments, radius=call.radius, scale=call.scale)
-    return call.softmax()
+    if not call.is_linear():
+        if call.radius is None:
+            return call.softmax()
+        return _exact_within(call.radius + 1, call.scale, partial(traceable_local, radius=call.radius), *arguments)
+    attention = call.linear_attention
+    feature_map, window, gain = attention.feature_map, attention.window, attention.gain
+    if not window:
+        return traceable_linear(*arguments, feature_map=feature_map, scale=call.scale)
+    near_far = partial(traceable_near_far, feature_map=feature_map, window=window, gain=gain)
+    return _exact_within(2 * window, call.scale, near_far, *arguments)
+
+
+def _exact_within(limit: int, scale: float, attend: Callable[..., Tensor], *arguments: Tensor) -> Tensor:
+    """A branch in the graph: texts of up to ``limit`` tokens, all near each other, get softmax attention."""
+
+    def dense(x: Tensor) -> Tensor:
+        # Both branches must give the same strides, whatever those of the example are.
+        return x.clone(memory_format=torch.contiguous_format)
+
+    return torch.cond(
+        arguments[0].shape[2] <= limit,
+        lambda *x: dense(softmax_attention(*x, scale=scale)),
+        lambda *x: dense(attend(*x, scale=scale)),
+        arguments,
+    )
 
 
 def _write_onnx(onnx: Path, file: Path) -> None:

@@ -61,7 +61,7 @@ def traceable_near_far(
     if gain is not None:
         log_factor = log_factor + gain[:, None, None, None]
     output = near.lerp(far, torch.sigmoid(far_log_weight + log_factor - near_log_weight))
-    return output.flatten(2, 3).masked_fill(~token_mask, 0)[:, :, :length]
+    return output.flatten(2, 3).masked_fill(~token_mask, 0).narrow(2, 0, length)
 
 
 def traceable_local(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, radius: int, scale: float) -> Tensor:
@@ -70,7 +70,7 @@ def traceable_local(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, 
     query, key, value = (_whole_blocks(x, radius) for x in (query, key, value))
     token_mask = _whole_blocks(mask[:, None, :, None], radius)
     output, _ = _near(query, key, value, token_mask, radius, scale, radius)
-    return output.flatten(2, 3).masked_fill(~token_mask, 0)[:, :, :length]
+    return output.flatten(2, 3).masked_fill(~token_mask, 0).narrow(2, 0, length)
 
 
 def _whole_blocks(x: Tensor, window: int) -> Tensor:
