@@ -289,25 +289,28 @@ def export(
 ) -> None:
     """Save a converted model with graphs of its encoder for ONNX Runtime and OpenVINO, for any batch and length.
 
-    Each graph is compared with PyTorch on texts of 16, 512 and 4,096 tokens; one that differs is not saved. Tracing
-    takes a minute or two.
+    Each graph is compared with PyTorch on texts of 16, 512 and 4,096 tokens; where one differs, but for int8, nothing
+    is saved. Tracing takes some minutes.
 
     Example: `st-linear export bge-small-linear bge-small-exported --formats onnx,onnx-int8,openvino`
     """
     import st_linear
     from st_linear import tables
-    from st_linear.export import export
+    from st_linear.export import export, require_for
     from st_linear.models import check_model_folder
+    from st_linear.runtimes import arguments_for
 
     check_model_folder(output)
     chosen = _names(formats) or ()
     if not chosen:
         raise ValueError("--formats is empty: name one, onnx say")
+    for name in chosen:
+        require_for(name)
     with console.status(f"Exporting {model}"):
         result = export(st_linear.load(model, device="cpu"), output, chosen)
     _show(tables.exported(f"Exported {model}", result), result, as_json)
-    backend = chosen[0].partition("-")[0]
-    _say(f'Load it with st_linear.load("{output}", backend="{backend}")')
+    arguments = ", ".join(f"{name}={value!r}" for name, value in arguments_for(chosen[0]).items())
+    _say(f'Load it with st_linear.load("{output}", {arguments})')
 
 
 @app.command(cls=_Command)
@@ -485,6 +488,8 @@ def evaluate(
     _say(f"Data: {source_name(data)} · {split}, {len(pairs)} pairs")
     # All of them, so that a wrong name is found out before the first is evaluated.
     ways = {name: arguments_for(name) for name in _names(formats) or ("torch",)}
+    if references and "torch" not in ways:
+        raise ValueError("--references reads static embeddings from a model in PyTorch: add torch to --formats")
     loaded: dict[str, Any] = {
         model if way == "torch" else f"{model} ({way})": load(model, **arguments)
         for model in models
@@ -495,10 +500,6 @@ def evaluate(
     if references:
         if "bm25" in loaded:
             raise ValueError("the model 'bm25' has the name of a reference: give its path as ./bm25")
-        if "torch" not in ways:
-            raise ValueError(
-                "--references takes its static embeddings from a model in PyTorch: add torch to --formats"
-            )
         loaded |= {"bm25": BM25(), f"static {models[0]}": static_embeddings(load(models[0]))}
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -21,9 +22,9 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
 from st_linear.attention import softmax_attention
-from st_linear.conversion import AttentionCall, observe_attention
+from st_linear.conversion import AttentionCall, attention_calls, observe_attention
 from st_linear.models import save_model
-from st_linear.runtimes import DIGEST, FILES, OUTPUT, PACKAGES, ExportedEncoder, digest_of, require
+from st_linear.runtimes import DIGEST, FILES, LIMIT, OUTPUT, PACKAGES, ExportedEncoder, digest_of, require
 from st_linear.traceable import traceable_linear, traceable_local, traceable_near_far
 from st_linear.transformer import LinearTransformer
 
@@ -59,8 +60,6 @@ def export(model: SentenceTransformer, folder: str | Path, formats: Sequence[str
             graph's outputs differ from PyTorch's by more than :data:`TOLERANCE`.
     """
     for name in formats:
-        if name not in FILES:
-            raise ValueError(f"unknown format {name!r}; choose among: {', '.join(FILES)}")
         require_for(name)
     encoder: Any = model[0]
     if not isinstance(encoder, LinearTransformer) or encoder.backend != "torch":
@@ -82,9 +81,13 @@ def export(model: SentenceTransformer, folder: str | Path, formats: Sequence[str
                 _WRITERS[name](onnx, file)
                 sizes[name] = sum(part.stat().st_size for part in file.parent.glob(f"{file.stem}.*"))
                 differences[name] = graph.differences(ExportedEncoder(file, encoder.config, name.partition("-")[0]))
-                largest = max(differences[name].values())
-                if name != "onnx-int8" and not largest <= TOLERANCE:
-                    raise ValueError(f"the {name} graph differs from PyTorch by {largest:.1e}, more than {TOLERANCE}")
+                tolerance = math.inf if name == "onnx-int8" else TOLERANCE
+                for length, value in differences[name].items():
+                    if not (math.isfinite(value) and value <= tolerance):
+                        raise ValueError(
+                            f"the {name} graph differs from PyTorch by {value:.1e} at {length} tokens, more than "
+                            f"{tolerance}"
+                        )
 
     save_model(model, Path(folder), add_graphs)
     return {
@@ -98,7 +101,14 @@ def export(model: SentenceTransformer, folder: str | Path, formats: Sequence[str
 
 
 def require_for(name: str) -> None:
-    """Raise an ImportError that says what to install, unless all is there that writes a format."""
+    """Find out before the work, not after it, that a format can't be written.
+
+    Raises:
+        ImportError: If what writes it is not installed; the message says what to install.
+        ValueError: If there is no such format.
+    """
+    if name not in FILES:
+        raise ValueError(f"unknown format {name!r}; choose among: {', '.join(FILES)}")
     backend = name.partition("-")[0]
     require(backend, "onnx", "onnxscript", PACKAGES[backend])
 
@@ -110,7 +120,9 @@ class _Graph(nn.Module):
         super().__init__()
         self.encoder = copy.deepcopy(encoder.model).to("cpu", torch.float32)
         self.limit = encoder.max_seq_length
-        self.window = encoder.window
+        # A sliding layer has blocks as near/far attention does.
+        radii = [call.radius or 0 for call in attention_calls(self.encoder)]
+        self.block = max(encoder.window, *radii)
         self.inputs = list(encoder.tokenizer(["a"]).keys())
         if encoder.squeezes_positions():
             self.inputs.append("position_ids")
@@ -135,7 +147,7 @@ class _Graph(nn.Module):
         from onnx_ir import Shape
 
         # Some blocks and a part of one: a single one would be taken for a number that never changes.
-        example = self._example(2, min(self.limit, 3 * max(self.window, 128) + 5))
+        example = self._example(2, min(self.limit, 3 * max(self.block, 128) + 5))
         dynamic = dict.fromkeys((0, 1), torch.export.Dim.DYNAMIC)
         with torch.no_grad(), _quiet():
             program = torch.onnx.export(
@@ -148,7 +160,7 @@ class _Graph(nn.Module):
                 verbose=False,
             )
         assert program is not None
-        program.model.metadata_props[DIGEST] = digest
+        program.model.metadata_props.update({DIGEST: digest, LIMIT: str(self.limit)})
         graph = program.model.graph
         for value in graph.inputs:
             value.shape = Shape(["batch", "length"])
@@ -236,17 +248,19 @@ def _write_openvino(onnx: Path, file: Path) -> None:
     import openvino
 
     model = openvino.Core().read_model(onnx)
-    model.set_rt_info(_metadata(onnx), [DIGEST])
+    for key, value in _metadata(onnx).items():
+        model.set_rt_info(value, [key])
     openvino.save_model(model, file, compress_to_fp16=False)
 
 
 _WRITERS = {"onnx": _write_onnx, "onnx-int8": _write_int8, "openvino": _write_openvino}
 
 
-def _metadata(onnx: Path) -> str:
+def _metadata(onnx: Path) -> dict[str, str]:
     from onnx import load
 
-    return {entry.key: entry.value for entry in load(onnx, load_external_data=False).metadata_props}[DIGEST]
+    found = {entry.key: entry.value for entry in load(onnx, load_external_data=False).metadata_props}
+    return {key: found[key] for key in (DIGEST, LIMIT)}
 
 
 @contextmanager

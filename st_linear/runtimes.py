@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
@@ -29,14 +30,16 @@ RUNTIMES = ("onnx", "openvino")
 PACKAGES = {"onnx": "onnxruntime", "openvino": "openvino"}
 """What each of them needs."""
 
-DIGEST = "st_linear_weights"
+DIGEST, LIMIT = "st_linear_weights", "st_linear_tokens"
+"""Metadata of a graph: what weights it was made of, and how many tokens it takes at most."""
+
 OUTPUT = "last_hidden_state"
 
 # What a caller may say of how a graph is run, in model_kwargs.
 _OPTIONS = {"onnx": ("file_name", "provider", "session_options"), "openvino": ("file_name", "ov_config")}
 
-# model_kwargs that Sentence Transformers passes on and only PyTorch's encoders need.
-_OF_THE_HUB = {"cache_dir", "cache_folder", "local_files_only", "revision", "token", "trust_remote_code", "subfolder"}
+HUB_OPTIONS = {"cache_dir", "cache_folder", "local_files_only", "revision", "token", "trust_remote_code", "subfolder"}
+"""``model_kwargs`` of Sentence Transformers' own, which say where files are and not how a graph is run."""
 
 Run = Callable[[Mapping[str, Any]], Any]
 
@@ -44,8 +47,8 @@ Run = Callable[[Mapping[str, Any]], Any]
 class ExportedEncoder(nn.Module):
     """Stands in for the encoder of a LinearTransformer; ONNX Runtime or OpenVINO computes what it gives.
 
-    Without gradients. It runs on as many threads as PyTorch was set to when it was loaded, on the CPU unless a
-    provider is named.
+    Without gradients, so it can't be trained; padding must be on the right. It runs on as many threads as PyTorch was
+    set to when it was loaded, on the CPU unless a provider is named.
 
     Args:
         file: The graph.
@@ -63,6 +66,7 @@ class ExportedEncoder(nn.Module):
         super().__init__()
         self.file, self.config, self.backend, self.options = str(file), config, backend, options
         self._start()
+        self.eval()
 
     @classmethod
     def load(cls, path: str, config: PretrainedConfig, backend: str, **model_kwargs: Any) -> ExportedEncoder:
@@ -70,21 +74,24 @@ class ExportedEncoder(nn.Module):
 
         Raises:
             FileNotFoundError: If there is none.
-            ValueError: If it is of other weights than those beside it.
+            ValueError: If st_linear did not write it, or, in a folder, if it is of other weights than those beside it.
         """
-        options = {name: value for name, value in model_kwargs.items() if name not in _OF_THE_HUB}
+        options = {name: value for name, value in model_kwargs.items() if name not in HUB_OPTIONS}
         file_name = options.pop("file_name", FILES[backend])
         subfolder = model_kwargs.get("subfolder") or ""
         hub_kwargs = hub_kwargs_of(model_kwargs)
         file = load_file_path(path, file_name, subfolder, **hub_kwargs)
         if file is None:
             raise FileNotFoundError(f"{path} holds no {file_name}: st_linear.export writes it")
-        if backend == "openvino":
-            load_file_path(path, str(Path(file_name).with_suffix(".bin")), subfolder, **hub_kwargs)
+        # What lies beside it, if anything does: from the hub only files come that are asked for.
+        for beside in _beside(Path(file_name)):
+            load_file_path(path, beside.as_posix(), subfolder, **hub_kwargs)
         encoder = cls(file, config, backend, **options)
         if not encoder.digest:
             raise ValueError(f"{file} was not written by st_linear.export: it may hold another attention")
         folder = Path(path, subfolder)
+        if folder.is_dir() and not digest_of(folder):
+            raise ValueError(f"{folder} holds no weights to compare {file} with: keep the whole folder")
         if folder.is_dir() and encoder.digest != digest_of(folder):
             raise ValueError(f"{file} was exported from other weights than those of {folder}: export the model again")
         return encoder
@@ -97,7 +104,19 @@ class ExportedEncoder(nn.Module):
         position_ids: Tensor | None = None,
         return_dict: bool = True,
     ) -> BaseModelOutput:
-        """Tokens' embeddings (B, T, hidden), where the inputs are, (B, T) each."""
+        """Tokens' embeddings (B, T, hidden), where the inputs are, (B, T) each.
+
+        Raises:
+            ValueError: In training, on padding elsewhere than on the right, and on more tokens than the graph takes.
+        """
+        if self.training and torch.is_grad_enabled():
+            raise ValueError(f"a model that runs on {self.backend} can't be trained: load it with backend='torch'")
+        if (attention_mask.diff(dim=1) > 0).any():
+            raise ValueError(
+                "exported encoders take padding on the right alone: set tokenizer.padding_side to 'right'"
+            )
+        if input_ids.shape[1] > self.limit:
+            raise ValueError(f"the graph takes {self.limit} tokens at most, got {input_ids.shape[1]}")
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], dtype=torch.float32).expand(input_ids.shape)
         if token_type_ids is None:
@@ -113,7 +132,7 @@ class ExportedEncoder(nn.Module):
 
     def fingerprint(self) -> str:
         """Of the graph: all that its outputs depend on, but for the runtime."""
-        return _sha256([Path(self.file), Path(self.file).with_suffix(".bin")])
+        return _sha256([Path(self.file), *_beside(Path(self.file))])
 
     def _start(self) -> None:
         for name in self.options:
@@ -125,20 +144,25 @@ class ExportedEncoder(nn.Module):
         require(self.backend, PACKAGES[self.backend])
         start = _start_onnxruntime if self.backend == "onnx" else _start_openvino
         try:
-            self.inputs, self.digest, self._run = start(self.file, **self.options)
+            self.inputs, metadata, self._run = start(self.file, **self.options)
         except ValueError:
             raise
         except Exception as error:  # both runtimes raise whatever comes from C++
             reason = str(error).strip().partition("\n")[0]
             raise ValueError(f"{self.file} can't be run with backend={self.backend!r} ({reason})") from error
+        self.digest, self.limit = metadata.get(DIGEST, ""), int(metadata.get(LIMIT, 0))
 
     # A session can't be pickled or copied: processes and copies start one of their own.
     def __getstate__(self) -> dict[str, Any]:
+        if "session_options" in self.options:
+            raise ValueError("an encoder with session_options can't be copied to other processes: leave them out")
         return {name: value for name, value in self.__dict__.items() if name != "_run"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._start()
+        if self.digest != state["digest"]:
+            raise ValueError(f"{self.file} is another graph than it was: load the model again")
 
 
 def _start_onnxruntime(file: str, provider: str = "CPUExecutionProvider", session_options: Any = None) -> tuple:
@@ -149,10 +173,12 @@ def _start_onnxruntime(file: str, provider: str = "CPUExecutionProvider", sessio
         session_options.intra_op_num_threads = torch.get_num_threads()
     if provider not in (available := onnxruntime.get_available_providers()):
         raise ValueError(f"unknown provider {provider!r}; choose among: {', '.join(available)}")
-    session = onnxruntime.InferenceSession(file, session_options, providers=[provider])
+    session = onnxruntime.InferenceSession(file, session_options, providers=[provider], enable_fallback=0)
+    if session.get_providers()[0] != provider:
+        raise ValueError(f"provider {provider!r} did not start, and ONNX Runtime took {session.get_providers()[0]}")
     names = [entry.name for entry in session.get_inputs()]
-    digest = session.get_modelmeta().custom_metadata_map.get(DIGEST, "")
-    return names, digest, lambda feed: session.run([OUTPUT], dict(feed))[0]
+    metadata = session.get_modelmeta().custom_metadata_map
+    return names, metadata, lambda feed: session.run([OUTPUT], dict(feed))[0]
 
 
 def _start_openvino(file: str, ov_config: Mapping[str, Any] | None = None) -> tuple:
@@ -164,8 +190,17 @@ def _start_openvino(file: str, ov_config: Mapping[str, Any] | None = None) -> tu
     defaults = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
     compiled = core.compile_model(model, "CPU", {**defaults, **(ov_config or {})})
     names = [entry.get_any_name() for entry in compiled.inputs]
-    digest = str(model.get_rt_info([DIGEST]).value) if model.has_rt_info([DIGEST]) else ""
-    return names, digest, lambda feed: compiled(dict(feed))[0]
+    metadata = {key: str(model.get_rt_info([key]).value) for key in (DIGEST, LIMIT) if model.has_rt_info([key])}
+    # A request serves one thread at a time.
+    requests = threading.local()
+
+    def run(feed: Mapping[str, Any]) -> Any:
+        if not hasattr(requests, "own"):
+            requests.own = compiled.create_infer_request()
+        # A copy: the next call writes where this one's output is.
+        return requests.own.infer(dict(feed))[0].copy()
+
+    return names, metadata, run
 
 
 def arguments_for(name: str) -> dict[str, Any]:
@@ -179,6 +214,11 @@ def arguments_for(name: str) -> dict[str, Any]:
     if name not in FILES:
         raise ValueError(f"unknown format {name!r}; choose among: torch, {', '.join(FILES)}")
     return {"backend": name.partition("-")[0], "model_kwargs": {"file_name": FILES[name]}}
+
+
+def _beside(file: Path) -> list[Path]:
+    """Files that hold a graph's weights, where it does not hold them itself."""
+    return [file.with_suffix(".bin")] if file.suffix == ".xml" else [file.with_name(f"{file.name}.data")]
 
 
 def digest_of(folder: Path) -> str:

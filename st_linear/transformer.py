@@ -47,7 +47,7 @@ from st_linear.positions import (
     rescaled_positions,
     trained_positions,
 )
-from st_linear.runtimes import RUNTIMES, ExportedEncoder
+from st_linear.runtimes import HUB_OPTIONS, RUNTIMES, ExportedEncoder
 from st_linear.untrusted import refuse_kernels
 
 logger = logging.getLogger(__name__)
@@ -175,6 +175,7 @@ class LinearTransformer(Transformer):
         for name in settings:
             if name not in defaults:
                 raise ValueError(f"unknown setting {name!r}; choose among: {', '.join(defaults)}")
+        _refuse_exported(transformer, "converted")
         settings = {**defaults, **settings}
         adapter = settings.pop("adapter")
         _check_settings(**settings)
@@ -224,9 +225,9 @@ class LinearTransformer(Transformer):
         self.training_record = {}
         revision = getattr(self.model.config, "_commit_hash", None)
         self.base_encoder = {"name": self.model.config._name_or_path, "revision": revision}
-        if self.backend != "torch":
-            # An exported graph has it all in it.
-            self.max_seq_length = max_seq_length
+        if isinstance(self.model, ExportedEncoder):
+            # The graph has it all in it.
+            self.max_seq_length = min(max_seq_length or self.model.limit, self.model.limit)
             return
         linearise(
             self.model,
@@ -242,6 +243,7 @@ class LinearTransformer(Transformer):
 
     def redraw(self, seed: int) -> None:
         """Draw the random features of all layers anew, as ``LinearTransformer(…, seed=seed)`` has them."""
+        _refuse_exported(self, "redrawn")
         self.seed = seed
         for attention in linear_attentions(self.model).values():
             attention.redraw(seed)
@@ -322,6 +324,8 @@ class LinearTransformer(Transformer):
 
     def squeezes_positions(self) -> bool:
         """Whether texts longer than the trained range get positions of their own, squeezed into it."""
+        if isinstance(self.model, ExportedEncoder):
+            return "position_ids" in self.model.inputs
         stretched = self.model.config.max_position_embeddings > trained_positions(self.model)
         return self.position_extension == "tile" and stretched and has_rotary_positions(self.model)
 
@@ -340,7 +344,8 @@ class LinearTransformer(Transformer):
     def _can_flatten_inputs(self) -> bool:
         # Sentence Transformers asks for flash attention here. Ours takes packed inputs on every device.
         if (
-            self.config._attn_implementation != ATTENTION_IMPLEMENTATION
+            isinstance(self.model, ExportedEncoder)
+            or self.config._attn_implementation != ATTENTION_IMPLEMENTATION
             or self.transformer_task not in ("feature-extraction", "fill-mask")
             or "text" not in self.modality_config
             or any(params["method"] != "forward" for params in self.modality_config.values())
@@ -373,8 +378,7 @@ class LinearTransformer(Transformer):
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
         """Save a plain transformers checkpoint, and beside it what linear attention adds; safetensors only."""
-        if self.backend != "torch":
-            raise ValueError(f"a model that runs on {self.backend} can't be saved: load it with backend='torch'")
+        _refuse_exported(self, "saved")
         plain, added = split_state_dict(self.model)
         self.model.save_pretrained(output_path, state_dict=plain)
         self.processor.save_pretrained(output_path)
@@ -398,7 +402,9 @@ class LinearTransformer(Transformer):
         if not exported:
             kwargs["model_kwargs"] = {"use_safetensors": True, **(kwargs.get("model_kwargs") or {})}
         module = super().load(model_name_or_path, *args, **kwargs)
-        if not exported:
+        if exported:
+            module._refuse_other_settings(weights, read_tensors(weights)[1])
+        else:
             info = module._loading_info
             missing, unexpected = info.get("missing_keys", ()), info.get("unexpected_keys", ())
             refuse_mismatch(f"{model_name_or_path}: model.safetensors", missing, unexpected)
@@ -409,11 +415,24 @@ class LinearTransformer(Transformer):
         module.base_encoder = base or module.base_encoder
         return module
 
-    def _load_linear_weights(self, path: str) -> None:
-        saved, metadata = read_tensors(path)
+    @classmethod
+    def _load_init_kwargs(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        init_kwargs = super()._load_init_kwargs(*args, **kwargs)
+        if kwargs.get("backend", "torch") in RUNTIMES:
+            # How a graph is run is for the caller to say, and not for the folder.
+            allowed = HUB_OPTIONS | (kwargs.get("model_kwargs") or {}).keys()
+            merged = init_kwargs.get("model_kwargs") or {}
+            init_kwargs["model_kwargs"] = {name: value for name, value in merged.items() if name in allowed}
+        return init_kwargs
+
+    def _refuse_other_settings(self, path: str, metadata: dict[str, str]) -> None:
         for name, value in self._kernel_settings().items():
             if metadata.get(name, value) != value:
                 raise ValueError(f"{path} was made with {name}={metadata[name]}, this model has {name}={value}")
+
+    def _load_linear_weights(self, path: str) -> None:
+        saved, metadata = read_tensors(path)
+        self._refuse_other_settings(path, metadata)
         _, own = split_state_dict(self.model)
         refuse_mismatch(path, own.keys() - saved.keys(), saved.keys() - own.keys())
         for name, tensor in saved.items():
@@ -431,6 +450,12 @@ class LinearTransformer(Transformer):
 
     def __repr__(self) -> str:
         return f"LinearTransformer({dict(self.get_config_dict(), architecture=type(self.model).__name__)})"
+
+
+def _refuse_exported(transformer: Transformer, what: str) -> None:
+    """Raise a ValueError if a module runs on another backend than PyTorch, and so can't be ``what``."""
+    if transformer.backend != "torch":
+        raise ValueError(f"a model that runs on {transformer.backend} can't be {what}: load it with backend='torch'")
 
 
 def _with_defaults(settings: dict[str, Any]) -> dict[str, Any]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import shutil
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from st_linear import LinearTransformer, cli
 from st_linear.export import _Graph, export
 from st_linear.feature_maps import feature_map_names
 from st_linear.grid import _fingerprint
-from st_linear.runtimes import FILES, arguments_for
+from st_linear.runtimes import FILES, ExportedEncoder, arguments_for
 
 
 def make(folder: str, **settings: Any) -> SentenceTransformer:
@@ -34,7 +36,7 @@ def make(folder: str, **settings: Any) -> SentenceTransformer:
 def largest_difference(model: SentenceTransformer, exported: SentenceTransformer, texts: list[str]) -> float:
     kwargs: dict[str, Any] = {"output_value": "token_embeddings", "convert_to_numpy": False}
     pairs = zip(model.encode(texts, **kwargs), exported.encode(texts, **kwargs))
-    return max((a - b).abs().max().item() for a, b in pairs)
+    return torch.stack([(a - b).abs().max() for a, b in pairs]).max().item()
 
 
 @pytest.fixture(scope="module")
@@ -159,8 +161,18 @@ def test_a_graph_that_differs_is_not_saved(
     other.save_pretrained(str(tmp_path / "model"))
     # Tracing takes long: this graph is another model's.
     monkeypatch.setattr(_Graph, "write", lambda self, file, digest: shutil.copy(exported[0] / FILES["onnx"], file))
-    with refused("the onnx graph differs from PyTorch by "):
+    with refused("at 200 tokens, more than 0.0001"):
         export(other, tmp_path / "model")
+    forward = ExportedEncoder.forward
+
+    def not_a_number(self: ExportedEncoder, input_ids: torch.Tensor, **inputs: torch.Tensor) -> Any:
+        output = forward(self, input_ids, **inputs)
+        return type(output)(last_hidden_state=output.last_hidden_state * (1 if input_ids.shape[1] < 100 else math.nan))
+
+    monkeypatch.setattr(ExportedEncoder, "forward", not_a_number)
+    for name in ("onnx", "onnx-int8"):
+        with refused(f"the {name} graph differs from PyTorch by nan at 200 tokens"):
+            export(model, tmp_path / "model", [name])
     assert not (tmp_path / "model" / "onnx").exists()
     assert st_linear.load(str(tmp_path / "model"))[0].feature_map == "elu"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
@@ -257,6 +269,59 @@ def test_all_minilm(minilm: str, tmp_path: Path) -> None:
         differences = report[name]["largest_difference"]
         assert list(differences) == ["16", "512", "4096"]
         assert max(differences.values()) < 1e-4
+
+
+def test_a_folder_does_not_say_how_its_graph_is_run(exported: tuple[Path, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(exported[0], folder)
+    config = json.loads((folder / "sentence_bert_config.json").read_text())
+    ours = {"ov_config": {"CACHE_DIR": str(tmp_path / "cache")}, "file_name": "elsewhere.xml", "provider": "Abacus"}
+    (folder / "sentence_bert_config.json").write_text(json.dumps({**config, "model_kwargs": ours}))
+    for name in ("onnx", "openvino"):
+        assert st_linear.load(str(folder), backend=name)[0].model.options == {}
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_folder_whose_settings_were_changed(exported: tuple[Path, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(exported[0], folder)
+    config = json.loads((folder / "sentence_bert_config.json").read_text())
+    (folder / "sentence_bert_config.json").write_text(json.dumps({**config, "window": 4, "max_seq_length": 9999}))
+    with refused("was made with window=8, this model has window=4"):
+        st_linear.load(str(folder), backend="onnx")
+    (folder / "sentence_bert_config.json").write_text(json.dumps({**config, "max_seq_length": 9999}))
+    assert st_linear.load(str(folder), backend="onnx").max_seq_length == 200
+
+
+def test_what_only_pytorch_can_do(exported: tuple[Path, Any], text: Callable[..., str]) -> None:
+    graph = st_linear.load(str(exported[0]), backend="onnx")
+    with refused("a model that runs on onnx can't be converted: load it with backend='torch'"):
+        st_linear.convert(graph, feature_map="elu", window=0)
+    with refused("a model that runs on onnx can't be redrawn"):
+        graph[0].redraw(1)
+    graph.train()
+    with refused("a model that runs on onnx can't be trained"):
+        graph(graph.preprocess([text(10)]))
+
+
+def test_inputs_that_the_graph_does_not_take(exported: tuple[Path, Any], text: Callable[..., str]) -> None:
+    graph = st_linear.load(str(exported[0]), backend="onnx")
+    graph.tokenizer.padding_side = "left"
+    with refused("exported encoders take padding on the right alone"):
+        graph.encode([text(10), text(20)])
+    graph.max_seq_length = 300
+    with refused("the graph takes 200 tokens at most, got 250"):
+        graph.encode([text(250)])
+
+
+def test_threads_do_not_meet(model: SentenceTransformer, exported: tuple[Path, Any], text: Callable[..., str]) -> None:
+    texts = [text(20 + length) for length in range(8)]
+    expected = model.encode(texts)
+    for name in ("onnx", "openvino"):
+        graph = st_linear.load(str(exported[0]), backend=name)
+        with ThreadPoolExecutor(4) as pool:
+            vectors = list(pool.map(graph.encode, texts))
+        np.testing.assert_allclose(np.stack(vectors), expected, atol=1e-5)
 
 
 def test_figures_of_one_format_are_not_taken_for_anothers(exported: tuple[Path, Any]) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from st_linear import markdown, tables
 from st_linear.benchmarks import report
+from st_linear.export import TOLERANCE
 from st_linear.protocols import protocol_names
 from st_linear.study import statistics
 from st_linear.study.config import read_study
@@ -66,7 +67,7 @@ def test_tables_of_speed_are_made_from_their_records(path: Path) -> None:
     assert path.with_suffix(".md").read_text(encoding="utf-8") == report.markdown(record)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/performance.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/performance.md", "docs/deployment.md"])
 def test_rows_of_speed_stand_in_those_tables(page: str) -> None:
     tables = {line for path in SPEED for line in path.with_suffix(".md").read_text(encoding="utf-8").splitlines()}
     text = (ROOT / page).read_text(encoding="utf-8")
@@ -121,6 +122,23 @@ def test_texts_inside_two_windows_have_the_softmax_figures_at_length(swaps: dict
         near_far, softmax = (models[name][protocol]["128"] for name in ("near-far", "softmax"))
         assert near_far["pearson"] == pytest.approx(softmax["pearson"], abs=1e-4)
     assert models["softmax"]["natural"]["pearson"] == pytest.approx(swaps["softmax"]["pearson"], abs=1e-5)
+
+
+def test_figures_of_deployment_are_those_of_its_records() -> None:
+    page = (ROOT / "docs" / "deployment.md").read_text(encoding="utf-8")
+    models = json.loads((RESULTS / "deployment" / "record.json").read_text(encoding="utf-8"))["models"]
+    table = tables.as_markdown(tables.side_by_side(models, ""))
+    assert (RESULTS / "deployment" / "table.md").read_text(encoding="utf-8") == table
+    assert table in page
+    torch, onnx, int8, openvino = (figures["natural"]["pearson"] for figures in models.values())
+    assert (onnx, openvino) == (pytest.approx(torch, abs=1e-6), pytest.approx(torch, abs=1e-6))
+    assert torch - int8 == pytest.approx(0.0025, abs=0.0005)
+    for name, entry in json.loads((RESULTS / "deployment" / "export.json").read_text(encoding="utf-8")).items():
+        differences = entry["largest_difference"]
+        assert list(differences) == ["16", "512", "4096"]
+        assert name == "onnx-int8" or all(value <= TOLERANCE for value in differences.values())
+        cells = [f"`{name}`", f"{entry['bytes'] / 2**20:.1f}", *(f"{value:.1e}" for value in differences.values())]
+        assert f"| {' | '.join(cells)} |" in page
 
 
 STUDY = ROOT / "docs" / "study"

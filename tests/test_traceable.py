@@ -21,10 +21,10 @@ LENGTHS = (1, 4, 7, 12, 29)
 
 
 def batch(length: int, size: float = 1) -> tuple[Tensor, ...]:
-    """Queries, keys, values, and a mask with padding on the right; the last text is one token."""
+    """Queries, keys, values, and a mask with padding on the right; the last texts are one token, and none."""
     generator = torch.Generator().manual_seed(length)
-    texts = (torch.randn(3, HEADS, length, HEAD_DIM, generator=generator, dtype=torch.float64) for _ in range(3))
-    mask = torch.arange(length) < torch.tensor([length, (length + 1) // 2, 1])[:, None]
+    texts = (torch.randn(4, HEADS, length, HEAD_DIM, generator=generator, dtype=torch.float64) for _ in range(3))
+    mask = torch.arange(length) < torch.tensor([length, (length + 1) // 2, 1, 0])[:, None]
     query, key, value = texts
     return size * query, size * key, value, mask
 

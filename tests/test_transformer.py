@@ -706,7 +706,7 @@ class TestErrors:
             LinearTransformer(bert, model_kwargs={"attn_implementation": implementation})
 
     def test_another_backend_is_refused(self, bert: str) -> None:
-        with refused("LinearTransformer runs on backend='torch' only, got 'onnx'"):
+        with refused("LinearTransformer converts encoders on backend='torch' only, got 'onnx'"):
             LinearTransformer(bert, backend="onnx")
 
     def test_an_unknown_setting_is_refused(self, base: str) -> None:

@@ -198,10 +198,11 @@ class Encoders:
     def _exported(self, bare: str) -> str:
         """A folder with a model in all formats that take part."""
         if bare not in self.exported:
-            self.exported[bare] = TemporaryDirectory()
+            folder = TemporaryDirectory()
             model = self._convert(feature_map="softmax") if bare == "softmax" else self._convert_to(bare)
             formats = [name for name in FILES if f"{name}:{bare}" in self.settings.models]
-            export(model, Path(self.exported[bare].name) / "model", formats)
+            export(model, Path(folder.name) / "model", formats)
+            self.exported[bare] = folder
         return str(Path(self.exported[bare].name) / "model")
 
     def _convert_to(self, bare: str) -> SentenceTransformer:
