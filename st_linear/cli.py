@@ -500,7 +500,7 @@ def evaluate(
     if references:
         if "bm25" in loaded:
             raise ValueError("the model 'bm25' has the name of a reference: give its path as ./bm25")
-        loaded |= {"bm25": BM25(), f"static {models[0]}": static_embeddings(load(models[0]))}
+        loaded |= {"bm25": BM25(), f"static {models[0]}": static_embeddings(loaded[models[0]])}
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
     figures = {}

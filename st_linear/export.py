@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from st_linear.attention import softmax_attention
 from st_linear.conversion import AttentionCall, attention_calls, observe_attention
 from st_linear.models import save_model
-from st_linear.runtimes import DIGEST, FILES, LIMIT, OUTPUT, PACKAGES, ExportedEncoder, digest_of, require
+from st_linear.runtimes import DIGEST, FILES, LIMIT, OUTPUT, PACKAGES, ExportedEncoder, backend_of, digest_of, require
 from st_linear.traceable import traceable_linear, traceable_local, traceable_near_far
 from st_linear.transformer import LinearTransformer
 
@@ -80,7 +80,7 @@ def export(model: SentenceTransformer, folder: str | Path, formats: Sequence[str
                 file.parent.mkdir(exist_ok=True)
                 _WRITERS[name](onnx, file)
                 sizes[name] = sum(part.stat().st_size for part in file.parent.glob(f"{file.stem}.*"))
-                differences[name] = graph.differences(ExportedEncoder(file, encoder.config, name.partition("-")[0]))
+                differences[name] = graph.differences(ExportedEncoder(file, encoder.config, backend_of(name)))
                 tolerance = math.inf if name == "onnx-int8" else TOLERANCE
                 for length, value in differences[name].items():
                     if not (math.isfinite(value) and value <= tolerance):
@@ -109,7 +109,7 @@ def require_for(name: str) -> None:
     """
     if name not in FILES:
         raise ValueError(f"unknown format {name!r}; choose among: {', '.join(FILES)}")
-    backend = name.partition("-")[0]
+    backend = backend_of(name)
     require(backend, "onnx", "onnxscript", PACKAGES[backend])
 
 
@@ -136,11 +136,14 @@ class _Graph(nn.Module):
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
     ) -> Tensor:
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-        inputs |= {} if token_type_ids is None else {"token_type_ids": token_type_ids}
-        inputs |= {} if position_ids is None else {"position_ids": position_ids}
+        given = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+        }
         with observe_attention(_attend):
-            return self.encoder(**inputs).last_hidden_state
+            return self.encoder(**{name: given[name] for name in self.inputs}).last_hidden_state
 
     def write(self, file: Path, digest: str) -> None:
         """Write the graph as ONNX."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,6 @@ _OPTIONS = {"onnx": ("file_name", "provider", "session_options"), "openvino": ("
 
 HUB_OPTIONS = {"cache_dir", "cache_folder", "local_files_only", "revision", "token", "trust_remote_code", "subfolder"}
 """``model_kwargs`` of Sentence Transformers' own, which say where files are and not how a graph is run."""
-
-Run = Callable[[Mapping[str, Any]], Any]
 
 
 class ExportedEncoder(nn.Module):
@@ -203,6 +201,11 @@ def _start_openvino(file: str, ov_config: Mapping[str, Any] | None = None) -> tu
     return names, metadata, run
 
 
+def backend_of(name: str) -> str:
+    """The backend that runs a format."""
+    return name.partition("-")[0]
+
+
 def arguments_for(name: str) -> dict[str, Any]:
     """Arguments of ``load`` that run the graph of a format, one of :data:`FILES`; none for ``"torch"``.
 
@@ -213,7 +216,7 @@ def arguments_for(name: str) -> dict[str, Any]:
         return {}
     if name not in FILES:
         raise ValueError(f"unknown format {name!r}; choose among: torch, {', '.join(FILES)}")
-    return {"backend": name.partition("-")[0], "model_kwargs": {"file_name": FILES[name]}}
+    return {"backend": backend_of(name), "model_kwargs": {"file_name": FILES[name]}}
 
 
 def _beside(file: Path) -> list[Path]:
