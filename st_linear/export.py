@@ -34,6 +34,9 @@ TOLERANCE = 1e-4
 CHECKED_LENGTHS = (16, 512, 4096)
 """Tokens of the texts that every exported graph is compared with PyTorch on."""
 
+OLDEST_TORCH = "2.9"
+"""Tracers of torch 2.6 make a constant of the texts' length; those between are untried."""
+
 
 def export(model: SentenceTransformer, folder: str | Path, formats: Sequence[str] = ("onnx",)) -> dict[str, Any]:
     """Save a converted model with graphs of its encoder, for any batch and length, and compare them with PyTorch.
@@ -104,11 +107,13 @@ def require_for(name: str) -> None:
     """Find out before the work, not after it, that a format can't be written.
 
     Raises:
-        ImportError: If what writes it is not installed; the message says what to install.
+        ImportError: If what writes it is not installed, or torch is too old; the message says what to install.
         ValueError: If there is no such format.
     """
     if name not in FILES:
         raise ValueError(f"unknown format {name!r}; choose among: {', '.join(FILES)}")
+    if torch.__version__ < OLDEST_TORCH:
+        raise ImportError(f"exporting needs torch {OLDEST_TORCH} or newer, not {torch.__version__}")
     backend = backend_of(name)
     require(backend, "onnx", "onnxscript", PACKAGES[backend])
 

@@ -149,31 +149,36 @@ class TestBundled:
         assert_close(learned(load(str(tmp_path / "saved"))), learned(model), rtol=0, atol=0)
 
 
+@pytest.fixture(scope="module")
+def adapted_minilm(minilm: str) -> SentenceTransformer:
+    return convert(minilm)
+
+
 class TestAllMiniLM:
     """The adapter that comes with st_linear, on the model that it is for."""
 
-    @pytest.fixture(scope="class")
-    def model(self, minilm: str) -> SentenceTransformer:
-        return convert(minilm)
-
-    def test_is_the_default_and_small(self, model: SentenceTransformer) -> None:
+    def test_is_the_default_and_small(self, adapted_minilm: SentenceTransformer) -> None:
         assert bundled_adapters() == ["all-MiniLM-L6-v2"]
         adapter = Adapter.load("all-MiniLM-L6-v2")
-        assert model[0].training_record == adapter.training
-        assert (model[0].feature_map, model[0].window) == ("learned_favor", 128)
+        assert adapted_minilm[0].training_record == adapter.training
+        assert (adapted_minilm[0].feature_map, adapted_minilm[0].window) == ("learned_favor", 128)
         assert sum(path.stat().st_size for path in Path(adapter.weights).parent.iterdir()) <= 2 * 2**20
 
-    def test_texts_within_two_windows_keep_their_vectors(self, model: SentenceTransformer, minilm: str) -> None:
+    def test_texts_within_two_windows_keep_their_vectors(
+        self, adapted_minilm: SentenceTransformer, minilm: str
+    ) -> None:
         original = SentenceTransformer(minilm)
         texts = ["A plane is taking off.", "The bridge was closed after the storm. " * 25]
-        assert_close(model.encode(texts), original.encode(texts), rtol=0, atol=1e-5)
+        assert_close(adapted_minilm.encode(texts), original.encode(texts), rtol=0, atol=1e-5)
 
     @pytest.mark.parametrize(("length", "least"), [(512, 0.98), pytest.param(2048, 0.95, marks=pytest.mark.slow)])
-    def test_long_texts_come_close(self, model: SentenceTransformer, minilm: str, length: int, least: float) -> None:
+    def test_long_texts_come_close(
+        self, adapted_minilm: SentenceTransformer, minilm: str, length: int, least: float
+    ) -> None:
         sentences = training_sentences(load_pairs("sample", "train"))
-        texts = passages(" ".join(sentences), model.tokenizer, length)[:3]
+        texts = passages(" ".join(sentences), adapted_minilm.tokenizer, length)[:3]
         softmax = convert(minilm, feature_map="softmax")
-        vectors = (torch.from_numpy(x.encode(texts)) for x in (model, softmax))
+        vectors = (torch.from_numpy(x.encode(texts)) for x in (adapted_minilm, softmax))
         assert torch.nn.functional.cosine_similarity(*vectors).min() > least
 
 

@@ -91,6 +91,8 @@ def sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, minilm: str) -> Ite
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_python_blocks_run(page: Path) -> None:
+    if page.name == "mteb.md":
+        pytest.importorskip("mteb")  # which has no release for Python 3.10
     namespace: dict[str, object] = {"__name__": "__main__"}
     for block in blocks(page):
         if block.executed:

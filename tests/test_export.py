@@ -22,10 +22,12 @@ from test_recipe import write_pairs
 
 import st_linear
 from st_linear import LinearTransformer, cli
-from st_linear.export import _Graph, export
+from st_linear.export import OLDEST_TORCH, _Graph, export
 from st_linear.feature_maps import feature_map_names
 from st_linear.grid import _fingerprint
 from st_linear.runtimes import FILES, ExportedEncoder, arguments_for
+
+pytestmark = pytest.mark.skipif(torch.__version__ < OLDEST_TORCH, reason=f"exporting needs torch {OLDEST_TORCH}")
 
 
 def make(folder: str, **settings: Any) -> SentenceTransformer:
@@ -152,6 +154,12 @@ def test_a_missing_extra(
         export(model, tmp_path / "model", [name])
     with refused(f'{package}: pip install "st-linear[{name}]"', ImportError):
         SentenceTransformer(str(exported[0]), backend=name, trust_remote_code=True)
+
+
+def test_an_older_torch(model: SentenceTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.8.1+cu126"))
+    with refused("exporting needs torch 2.9 or newer, not 2.8.1+cu126", ImportError):
+        export(model, tmp_path / "model")
 
 
 def test_a_graph_that_differs_is_not_saved(

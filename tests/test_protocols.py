@@ -36,7 +36,7 @@ def tokenizer(minilm: str) -> Any:
 
 @pytest.fixture(scope="module")
 def pairs() -> Dataset:
-    return load_pairs("sample", "dev")
+    return load_pairs("sample", "dev").select(range(0, 96, 3))
 
 
 def both(pairs: Dataset) -> list[str]:
@@ -185,11 +185,11 @@ from transformers import AutoTokenizer
 from st_linear.data import load_pairs
 from st_linear.protocols import lengthen, protocol_names
 from st_linear.records import digest
-pairs, tokenizer = load_pairs("sample", "dev"), AutoTokenizer.from_pretrained({minilm!r})
+pairs, tokenizer = load_pairs("sample", "dev").select(range(12)), AutoTokenizer.from_pretrained({minilm!r})
 print(digest([lengthen(pairs, tokenizer, 128, name).to_dict() for name in protocol_names()]))
 """
     there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-    dev = load_pairs("sample", "dev")
+    dev = load_pairs("sample", "dev").select(range(12))
     assert there == digest([lengthen(dev, tokenizer, 128, name).to_dict() for name in protocol_names()])
 
 

@@ -292,10 +292,10 @@ TINY_WEIGHTS = Case(
 
 
 CASES = {torch.float64: 1000, torch.float32: 600, torch.bfloat16: 300, torch.float16: 200}
-"""How many are drawn in all; the fast suite draws a fifth of them."""
+"""How many are drawn in all; the fast suite draws a tenth of them."""
 
 
-@pytest.mark.parametrize("share", [pytest.param(5, id="some"), pytest.param(1, id="all", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("share", [pytest.param(10, id="some"), pytest.param(1, id="all", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", CASES, ids=str)
 def test_equals_the_reference(dtype: torch.dtype, share: int) -> None:
     @draws(CASES[dtype] // share)
@@ -356,6 +356,7 @@ def test_allocated_bytes_are_found() -> None:
     assert 2 * 2**22 <= allocated(add_twice) < 3 * 2**22
 
 
+@pytest.mark.skipif(torch.__version__ < "2.9", reason="the profiler of torch 2.6 misses memory that is freed")
 @pytest.mark.parametrize(
     "name", ["local", "linear:favor", "linear:favor_relu", "near_far:favor", "near_far:favor_relu"]
 )

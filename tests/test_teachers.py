@@ -356,7 +356,7 @@ class TestTrainTeacher:
         gold, options = np.array(dataset["score"]), {**self.OPTIONS, "learning_rate": 3e-3, "max_length": 48}
         untrained = train_teacher(bert, dataset, tmp_path / "before", epochs=1, **{**options, "learning_rate": 0})
         before = np.square(scores_of(untrained, dataset, nn.Sigmoid()) - gold).mean()
-        teacher = train_teacher(bert, dataset, tmp_path / "teacher", epochs=40, **options)
+        teacher = train_teacher(bert, dataset, tmp_path / "teacher", epochs=80, **options)
         scores = scores_of(teacher, dataset, nn.Sigmoid())
         assert np.square(scores - gold).mean() < 0.5 * before
 

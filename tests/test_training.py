@@ -130,6 +130,7 @@ def distance(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
 
 def value_of(loss: Any, model: SentenceTransformer, data: Dataset) -> float:
     """The loss on all rows at once, dropout off."""
+    data = data.with_format(None)  # the Trainer sets one of its own
     columns = [column for column in data.column_names if column != "score"]
     labels = torch.tensor(data["score"]) if "score" in data.column_names else None
     training = loss.training

@@ -12,6 +12,7 @@ import pickle
 import random
 import resource
 import shutil
+import sys
 import threading
 import time
 import zipfile
@@ -416,7 +417,10 @@ class TestData:
 
     @pytest.mark.parametrize("suffix", ["jsonl", "csv"])
     def test_they_come_through(self, suffix: str, tmp_path: Path) -> None:
-        rows = [{"sentence1": text, "sentence2": text[::-1].strip(), "score": 2.5} for text in self.TEXTS]
+        texts = list(self.TEXTS)
+        if suffix == "csv" and sys.version_info < (3, 11):  # whose csv module takes no NUL
+            texts = [text.replace("\x00", "") for text in texts]
+        rows = [{"sentence1": text, "sentence2": text[::-1].strip(), "score": 2.5} for text in texts]
         if suffix == "jsonl":
             lines = [json.dumps(row) for row in rows]
         else:
@@ -424,7 +428,7 @@ class TestData:
             lines = ["sentence1,sentence2,score", *(",".join(row) for row in quoted)]
         (tmp_path / f"train.{suffix}").write_text("\n".join(lines) + "\n", encoding="utf-8", newline="")
         pairs = load_pairs(tmp_path)
-        assert pairs["sentence1"][:] == list(self.TEXTS)
+        assert pairs["sentence1"][:] == texts
 
     def test_they_embed(self, linear: Path) -> None:
         vectors = st_linear.load(str(linear)).encode(list(self.TEXTS))
