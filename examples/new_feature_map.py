@@ -6,6 +6,8 @@ texts are those of the bundled sample; the model goes to ``new_feature_map/`` in
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from sentence_transformers.util import cos_sim
 from torch import Tensor, nn
@@ -48,10 +50,11 @@ def check_against_the_reference() -> None:
     query, key, value = torch.randn(3, 2, 3, 21, 8, dtype=torch.float64)
     mask = torch.ones(2, 21)
     mask[0, 13:] = 0
-    for attend, reference, options in (
+    forms: list[tuple[Callable[..., Tensor], Callable[..., Tensor], dict[str, int]]] = [
         (linear_attention, linear_attention_reference, {}),
         (near_far_attention, near_far_attention_reference, {"window": 4}),
-    ):
+    ]
+    for attend, reference, options in forms:
         output = attend(query, key, value, mask, feature_map=feature_map, **options)
         expected = reference(query, key, value, mask, feature_map=feature_map, **options)
         torch.testing.assert_close(output, expected)

@@ -129,7 +129,16 @@ def test_reasons_are_found(comment: str, fence: str, accepted: bool, tmp_path: P
 
 @pytest.mark.usefixtures("sandbox")
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")
-@pytest.mark.parametrize("example", EXAMPLES, ids=name_of)
+@pytest.mark.parametrize(
+    "example",
+    [
+        pytest.param(
+            path, marks=pytest.mark.slow if path.stem in ("attention_transfer", "distil_with_trainer") else ()
+        )
+        for path in EXAMPLES
+    ],
+    ids=name_of,
+)
 def test_examples_run(example: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(example), run_name="__main__")
     assert capsys.readouterr().out.strip()
