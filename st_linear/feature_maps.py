@@ -521,25 +521,27 @@ class Taylor(PointwiseFeatureMap):
         - Linear Transformers with Learnable Kernel Functions (Based): https://arxiv.org/abs/2402.18668
     """
 
-    pairs: Tensor
+    row: Tensor
+    column: Tensor
 
     def __init__(self, num_heads: int, head_dim: int, *, seed: int = 0) -> None:
         super().__init__(num_heads, head_dim, seed=seed)
-        self.register_buffer("pairs", torch.triu_indices(head_dim, head_dim), persistent=False)
+        # Two buffers and not two views of one: what a branch of an exported graph reads may share no memory.
+        for name, indices in zip(("row", "column"), torch.triu_indices(head_dim, head_dim)):
+            self.register_buffer(name, indices.clone(), persistent=False)
 
     @property
     def num_features(self) -> int:  # type: ignore[override]
-        return 1 + self.head_dim + self.pairs.shape[1]
+        return 1 + self.head_dim + len(self.row)
 
     @property
     def weight(self) -> float:
         return 1.0
 
     def features(self, x: Tensor) -> Tensor:
-        row, column = self.pairs
         # x_a x_b stands once for (a, b) and (b, a): weight 1 where a != b, 1/2 on the diagonal.
-        weight = torch.ones_like(row, dtype=x.dtype).masked_fill(row == column, 0.5**0.5)
-        return torch.cat([torch.ones_like(x[..., :1]), x, x[..., row] * x[..., column] * weight], dim=-1)
+        weight = torch.ones_like(self.row, dtype=x.dtype).masked_fill(self.row == self.column, 0.5**0.5)
+        return torch.cat([torch.ones_like(x[..., :1]), x, x[..., self.row] * x[..., self.column] * weight], dim=-1)
 
 
 @register_feature_map("efficient")
