@@ -209,7 +209,7 @@ def test_bad_input(pairs: Dataset, tokenizer: Any) -> None:
     for protocol in FILLERS:
         with refused("length=4 has no room for a text of"):
             lengthen(pairs, tokenizer, 4, protocol)
-    with refused("length=16 has no room for documents of 4 pairs: 0 of 96 are short enough"):
+    with refused("length=16 has no room for documents of 4 pairs: 0 of 32 are short enough"):
         lengthen(pairs, tokenizer, 16, "document")
     with refused("the pairs have no column 'score'; their columns: sentence1, sentence2"):
         lengthen(pairs.remove_columns("score"), tokenizer, 128, "repeat")
