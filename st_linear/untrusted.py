@@ -145,7 +145,10 @@ def refuse_bad_weights(where: str, model: nn.Module, **hub_kwargs: Any) -> None:
             if number_format.startswith(("I", "U", "BOOL", "C")) and any(p.endswith(ends) for p in parameters):
                 raise ValueError(f"{file}: {name} holds {number_format}, no floating-point numbers")
     for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not tensor.is_meta and not tensor.isfinite().all():
+        if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
+            continue
+        # One pass that stores nothing; NaN is both the least and the largest.
+        if not torch.stack(tensor.aminmax()).isfinite().all():
             raise ValueError(f"{where}: {name} holds NaN or infinite values")
 
 

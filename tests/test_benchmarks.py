@@ -728,6 +728,7 @@ class TestRun:
         with refused(message):
             run(Settings.for_level(level, **{"models": ("softmax", "onnx:elu"), **options}))
 
+    @pytest.mark.slow
     def test_mixed(self, bert: str, tmp_path: Path) -> None:
         write_pairs(tmp_path / "pairs")
         settings = Settings.for_level(

@@ -311,7 +311,7 @@ class TestFailures:
     @pytest.mark.parametrize(
         ("error", "out_of_memory"),
         [
-            (ValueError("too\nbad"), False),
+            pytest.param(ValueError("too\nbad"), False, marks=pytest.mark.slow),
             (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), True),
         ],
     )

@@ -91,7 +91,7 @@ RATES = {"cosine": 2e-3, "dse": 2e-3, "maps": 3e-2, "all": 2e-3}
 """Learning rates; the maps, which start where they are sensible already, have far to go."""
 
 
-@pytest.fixture(params=LOSSES)
+@pytest.fixture(params=["cosine", "maps", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dse", "all"))])
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -452,7 +452,7 @@ class TestFit:
         ]
         return DataLoader(examples, shuffle=True, batch_size=8)
 
-    @pytest.mark.parametrize("head", ["cosine", "dse"])
+    @pytest.mark.parametrize("head", ["cosine", pytest.param("dse", marks=pytest.mark.slow)])
     def test_it_learns_and_saves(self, head: Any, labels: str, bert: str, pairs: Dataset, tmp_path: Path) -> None:
         model = student(bert)
         loss = DistillationLoss(model, alpha=0.5 if labels == "both" else 0, head=head)

@@ -168,9 +168,9 @@ class TestTransfer:
         ("family", "options"),
         [
             ("roberta", {}),
-            ("albert", {}),
+            pytest.param("albert", {}, marks=pytest.mark.slow),
             ("modernbert", {}),
-            ("nomic-bert", {}),
+            pytest.param("nomic-bert", {}, marks=pytest.mark.slow),
             ("bert", {"window": 0}),
             ("bert", {"exact_layers": [1]}),
         ],
