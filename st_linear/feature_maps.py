@@ -283,7 +283,8 @@ def orthogonal_features(num_heads: int, num_features: int, head_dim: int, seed: 
         )
         # The signs of its QR follow the draw, so that row r leans to one side of axis r: random signs undo that.
         rows = rows * (2 * torch.randint(2, (num_heads, num_features, 1), device="cpu") - 1)
-    return rows.to(torch.empty(0).device)  # also where `with torch.device(...)` says so, before torch 2.7
+    # torch.get_default_device() of torch 2.6 does not know of `with torch.device(...)`.
+    return rows.to(torch.empty(0).device)
 
 
 class RandomFeatures(FeatureMap):

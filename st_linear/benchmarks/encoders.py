@@ -65,9 +65,9 @@ def check_encoder(name: str, settings: Settings) -> None:
     elif head in FILES:
         if settings.level != "encoder" or settings.dtype != "float32" or settings.device != "cpu":
             raise ValueError(f"model {name!r} runs at level 'encoder', in float32, on the CPU alone")
-        require_for(head)
         if rest != "softmax":
             MapSpec.parse(rest, settings.features, peers="softmax")
+        require_for(head)
     elif name not in ENCODER_PEERS:
         MapSpec.parse(name, settings.features, peers=", ".join(ENCODER_PEERS))
 
