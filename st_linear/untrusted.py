@@ -148,7 +148,7 @@ def refuse_bad_weights(where: str, model: nn.Module, **hub_kwargs: Any) -> None:
         if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
             continue
         # One pass that stores nothing; NaN is both the least and the largest.
-        if not torch.stack(tensor.aminmax()).isfinite().all():
+        if not all(math.isfinite(end) for end in tensor.aminmax()):
             raise ValueError(f"{where}: {name} holds NaN or infinite values")
 
 
@@ -250,6 +250,7 @@ class _NoMoreThanFiles(TorchDispatchMode):
         self.allowed = allowed
         self.tensors = 0
         self.bytes = 0
+        self.planned: dict[str, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -273,8 +274,12 @@ class _NoMoreThanFiles(TorchDispatchMode):
         sizes += [abs(leaf) for leaf in leaves if isinstance(leaf, (int, float)) and abs(leaf) > 1]
         if sum(sizes) < _BIG and math.prod(size for size in sizes if size) < _BIG:
             return
-        planned = _planned(func, args, kwargs)
-        self.bytes += sum(leaf.numel() * leaf.itemsize for leaf in tree_leaves(planned) if isinstance(leaf, Tensor))
+        # Layers are alike, and so are most of their operations.
+        call = f"{func} {tree_map(_layout, (args, kwargs))}"
+        if call not in self.planned:
+            planned = tree_leaves(_planned(func, args, kwargs))
+            self.planned[call] = sum(leaf.numel() * leaf.itemsize for leaf in planned if isinstance(leaf, Tensor))
+        self.bytes += self.planned[call]
         if self.bytes > _SLACK and self.bytes > (allowed := self.allowed()):
             raise ValueError(
                 f"{self.where} asks for {self.bytes / 2**20:,.0f} MiB of memory, its files give reason for "
@@ -290,6 +295,11 @@ def _planned(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return func(*args, **kwargs, **({"device": "meta"} if "device" in names and "device" not in kwargs else {}))
     except Exception:
         return None
+
+
+def _layout(value: Any) -> Any:
+    """All that :func:`_planned` sees of an argument."""
+    return (value.shape, value.stride(), value.dtype) if isinstance(value, Tensor) else value
 
 
 def _on_meta(value: Any) -> Any:

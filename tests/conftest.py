@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 # huggingface_hub reads this once, when it is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -21,16 +22,17 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# No names from it: the process that hands tests to workers would wait for models that it never makes.
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 # The tensors here are tiny: threads that wait for one another cost a hundred times what they save.
 torch.set_num_threads(1)
 
 
-def pytest_collection_finish() -> None:
-    # What is imported by now stays: without it a full garbage collection is done in a tenth of the time.
+def pytest_runtest_setup() -> None:
+    # Trainers collect garbage again and again. What was imported before a test needs no search within it: a full
+    # collection then takes a tenth of the time or less.
     gc.collect()
     gc.freeze()
 
@@ -102,7 +104,7 @@ def refused(message: str, error: type[Exception] = ValueError) -> Iterator[None]
     assert "\n" not in str(info.value)
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
     vocabulary = {token: index for index, token in enumerate((*SPECIAL_TOKENS, *WORDS))}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -112,7 +114,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         special_tokens=[(token, vocabulary[token]) for token in ("[CLS]", "[SEP]")],
     )
     names = {"cls_token": 0, "pad_token": 1, "sep_token": 2, "unk_token": 3, "mask_token": 4}
-    return PreTrainedTokenizerFast(
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         model_max_length=64,
         model_input_names=["input_ids", "attention_mask"],
@@ -121,15 +123,14 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="session")
-def save_encoder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[PreTrainedConfig], str]:
+def save_encoder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[transformers.PreTrainedConfig], str]:
     """A function that writes a random encoder of a config, with the tokenizer, to a folder of its own."""
 
-    def save(config: PreTrainedConfig, model_class: type = AutoModel) -> str:
+    def save(config: transformers.PreTrainedConfig, model_class: Any = None) -> str:
         folder = str(tmp_path_factory.mktemp(config.model_type))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            build = model_class.from_config if model_class is AutoModel else model_class
-            model: PreTrainedModel = build(config)
+            model = transformers.AutoModel.from_config(config) if model_class is None else model_class(config)
         model.save_pretrained(folder)
         make_tokenizer().save_pretrained(folder)
         return folder
@@ -143,7 +144,14 @@ def encoder_folder(save_encoder: Callable[..., str]) -> Callable[[str], str]:
     return cache(lambda name: save_encoder(FAMILIES[name]()))
 
 
-@pytest.fixture(scope="session", params=FAMILIES)
+# Families whose code is another's: transformers' copies of BERT and RoBERTa.
+COPIES = ("xlm-roberta", "camembert", "ernie")
+
+
+@pytest.fixture(
+    scope="session",
+    params=[pytest.param(name, marks=pytest.mark.slow if name in COPIES else ()) for name in FAMILIES],
+)
 def family(request: pytest.FixtureRequest, encoder_folder: Callable[[str], str]) -> str:
     """The folder of each supported family in turn."""
     return encoder_folder(request.param)

@@ -161,7 +161,7 @@ def make_mask(padding: str, length: int) -> Tensor | None:
 
 
 @pytest.mark.parametrize("padding", ["none", "right", "left", "holes"])
-@pytest.mark.parametrize("length", [1, 7, 63])
+@pytest.mark.parametrize("length", [1, 7, 41])
 @pytest.mark.parametrize(("name", "size"), SIZES)
 def test_equals_the_reference_in_float64(name: str, size: int, length: int, padding: str) -> None:
     form = make_form(name, size=size, dtype=torch.float64)
@@ -186,7 +186,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @given(cases())
-@settings(deadline=None, derandomize=True, max_examples=200)
+@settings(deadline=None, derandomize=True, max_examples=100)
 def test_equals_the_reference_for_any_shape_and_mask(case: dict[str, Any]) -> None:
     _, num_heads, _, head_dim = case["shape"]
     form = make_form(case["name"], num_heads=num_heads, head_dim=head_dim, size=case["size"], dtype=torch.float64)

@@ -178,6 +178,7 @@ class TestMemory:
         # The first tensor is gone before the second one comes.
         assert (measured.tensors_mib, measured.outputs_mib, measured.total_mib) == (48, 16, 64)
 
+    @pytest.mark.slow
     def test_growth_of_resident_memory(self) -> None:
         # In a process of its own: a heap that other tests left in pieces may hold the first tensor's memory back.
         done = subprocess.run([sys.executable, "-c", RESIDENT], capture_output=True, text=True, check=True)

@@ -2,14 +2,11 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import random
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -30,7 +27,7 @@ from st_linear.settings import Settings
 
 COMMANDS = [command.callback.__name__ for command in cli.app.registered_commands if command.callback]
 FIGURES = ("pearson", "pearson_low", "pearson_high", "spearman", "spearman_low", "spearman_high")
-QUICKSTART = ["quickstart", "--data", "pairs", "--teacher-scores", "pairs/teacher", "--epochs", "2", "--lengths", "24"]
+QUICKSTART = ["quickstart", "--data", "pairs", "--teacher-scores", "pairs/teacher", "--epochs", "1", "--lengths", "24"]
 
 
 @pytest.fixture
@@ -58,16 +55,36 @@ def place(bert: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+class Done(NamedTuple):
+    folder: Path
+    code: int
+    out: str
+    err: str
+
+
 @pytest.fixture(scope="module")
-def quickstart(bert: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """A folder after ``quickstart --json`` in a process of its own, and what that process said."""
-    folder = tmp_path_factory.mktemp("quickstart")
-    write_pairs(folder / "pairs")
-    shutil.copytree(bert, folder / "bert")
-    command = [sys.executable, "-m", "st_linear.cli", *QUICKSTART, "--base", "bert", "--output", "out", "--json"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
-    return folder, done
+def finished() -> list[Done]:
+    """What :func:`quickstart` has done."""
+    return []
+
+
+@pytest.fixture
+def quickstart(
+    finished: list[Done],
+    run: Callable[..., tuple[int, str, str]],
+    bert: str,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Done:
+    """A folder after ``quickstart --json``, which the first test that asks for it runs."""
+    if not finished:
+        folder = tmp_path_factory.mktemp("quickstart")
+        write_pairs(folder / "pairs")
+        shutil.copytree(bert, folder / "bert")
+        monkeypatch.chdir(folder)
+        done = run(" ".join(QUICKSTART), "--base", "bert", "--output", "out", "--json")
+        finished.append(Done(folder, *done))
+    return finished[0]
 
 
 def files(folder: Path) -> set[str]:
@@ -316,24 +333,21 @@ class TestDistill:
 
 
 class TestQuickstart:
-    def test_standard_output_is_one_json_object(
-        self, quickstart: tuple[Path, subprocess.CompletedProcess[str]]
-    ) -> None:
-        folder, done = quickstart
-        assert done.returncode == 0, done.stderr
-        result = json.loads(done.stdout)
-        assert result == read_json(folder / "out" / "record.json")
+    def test_standard_output_is_one_json_object(self, quickstart: Done) -> None:
+        assert quickstart.code == 0, quickstart.err
+        result = json.loads(quickstart.out)
+        assert result == read_json(quickstart.folder / "out" / "record.json")
         assert list(result["students"]) == ["softmax student", "near/far student", "linear student"]
         assert (result["data"], result["base"]) == ("pairs", "bert")
 
-    def test_progress_is_shown(self, quickstart: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
-        err = quickstart[1].stderr
+    def test_progress_is_shown(self, quickstart: Done) -> None:
+        err = quickstart.err
         for line in ("Data: pairs", "Base model: bert", "softmax student", "100%", "Lengths:"):
             assert line in err
         assert "Warning" not in err
 
-    def test_results(self, quickstart: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
-        out = quickstart[0] / "out"
+    def test_results(self, quickstart: Done) -> None:
+        out = quickstart.folder / "out"
         assert {path.name for path in out.iterdir()} == {
             *("record.json", "table.md", "learning.svg", "lengths.svg"),
             *("softmax", "near-far", "linear"),
@@ -349,8 +363,8 @@ class TestQuickstart:
             encoder = st_linear.load(str(out / folder / "model"))[0]
             assert (encoder.feature_map, encoder.window) == (feature_map, window)
 
-    def test_table(self, quickstart: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
-        out = quickstart[0] / "out"
+    def test_table(self, quickstart: Done) -> None:
+        out = quickstart.folder / "out"
         header, _, *rows = [
             [cell.strip() for cell in line.strip("|").split("|")]
             for line in (out / "table.md").read_text().split("\n")
@@ -371,11 +385,11 @@ class TestQuickstart:
 
     def test_again_it_shows_the_same_and_trains_nothing(
         self,
-        quickstart: tuple[Path, subprocess.CompletedProcess[str]],
+        quickstart: Done,
         run: Callable[..., tuple[int, str, str]],
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        folder, done = quickstart
+        folder = quickstart.folder
 
         def refuse(*args: Any, **kwargs: Any) -> None:
             raise RuntimeError("trained again")
@@ -385,7 +399,7 @@ class TestQuickstart:
         before = (folder / "out" / "table.md").read_text()
         code, out, _ = run(" ".join(QUICKSTART), "--base", "bert", "--output", "out", "--json")
         assert code == 0
-        assert json.loads(out)["students"] == json.loads(done.stdout)["students"]
+        assert json.loads(out)["students"] == json.loads(quickstart.out)["students"]
         assert (folder / "out" / "table.md").read_text() == before
         code, _, err = run(" ".join(QUICKSTART), "--base", "bert", "--output", "out", "--seed", "1")
         assert (code, one_line_error(err)) == (1, "Error: trained again")

@@ -15,21 +15,21 @@ from st_linear.evaluation import LengthSimilarityEvaluator
 from st_linear.grid import Grid, evaluate_grid
 from st_linear.references import BM25
 
-GRID = Grid((48, 96), ("repeat", "filler-different-random"), (6, 8), seed=2)
+GRID = Grid((48, 96), ("repeat", "filler-different-random"), (4, 5), seed=2)
 
 
 @pytest.fixture(scope="module")
-def model(minilm: str) -> SentenceTransformer:
-    return convert(minilm, feature_map="elu", window=8, max_seq_length=96)
+def model(bert: str) -> SentenceTransformer:
+    return convert(bert, feature_map="elu", window=8, max_seq_length=96)
 
 
 def test_cells_are_what_the_evaluator_finds(model: SentenceTransformer) -> None:
-    pairs = load_pairs("sample", "test").select(range(24))
+    pairs = load_pairs("sample", "test").select(range(12))
     found = evaluate_grid(model, pairs, GRID, show_progress_bar=False)
     assert list(found) == ["natural", "repeat", "filler-different-random"]
     assert found["natural"]["n"] == len(pairs)
-    assert {length: figures["n"] for length, figures in found["repeat"].items()} == {"48": 6, "96": 8}
-    some = pairs.select(evenly_spaced(range(len(pairs)), 8))
+    assert {length: figures["n"] for length, figures in found["repeat"].items()} == {"48": 4, "96": 5}
+    some = pairs.select(evenly_spaced(range(len(pairs)), 5))
     evaluator = LengthSimilarityEvaluator(
         some["sentence1"], some["sentence2"], some["score"], lengths=(96,), protocols=GRID.protocols, seed=2
     )
@@ -40,7 +40,7 @@ def test_cells_are_what_the_evaluator_finds(model: SentenceTransformer) -> None:
 
 
 def test_finished_cells_are_kept(model: SentenceTransformer, tmp_path: Path) -> None:
-    pairs = load_pairs("sample", "test").select(range(24))
+    pairs = load_pairs("sample", "test").select(range(12))
     first = evaluate_grid(model, pairs, GRID, folder=tmp_path, show_progress_bar=False)
     names = ["natural", *(f"{protocol}-{length}" for protocol in GRID.protocols for length in (48, 96))]
     assert sorted(path.name.rpartition("-")[0] for path in tmp_path.iterdir()) == sorted(names)
@@ -54,13 +54,13 @@ def test_finished_cells_are_kept(model: SentenceTransformer, tmp_path: Path) -> 
 
 
 def test_another_grid_overwrites_nothing(model: SentenceTransformer, tmp_path: Path) -> None:
-    pairs = load_pairs("sample", "test").select(range(24))
+    pairs = load_pairs("sample", "test").select(range(12))
 
     def run(**changes: Any) -> dict[str, Any]:
         return evaluate_grid(model, pairs, replace(GRID, **changes), folder=tmp_path, show_progress_bar=False)
 
     first = run()
-    assert run(pairs_at_length=(5,))["repeat"]["48"]["n"] == 5
+    assert run(pairs_at_length=(6,))["repeat"]["48"]["n"] == 6
     # What is repeated, and the natural length, know no seed.
     other = run(seed=3)
     assert other["natural"] == first["natural"]
@@ -71,13 +71,13 @@ def test_another_grid_overwrites_nothing(model: SentenceTransformer, tmp_path: P
 
 @pytest.mark.parametrize("what", ["window", "weights", "pairs", "tokenizer", "truncate_dim", "prompt"])
 def test_cells_of_something_else_are_measured(
-    model: SentenceTransformer, minilm: str, tmp_path: Path, what: str
+    model: SentenceTransformer, bert: str, tmp_path: Path, what: str
 ) -> None:
     pairs = load_pairs("sample", "test").select(range(8))
     before = evaluate_grid(model, pairs, Grid(), folder=tmp_path, show_progress_bar=False)
-    other = convert(minilm, feature_map="elu", window=8, max_seq_length=96)
+    other = convert(bert, feature_map="elu", window=8, max_seq_length=96)
     if what == "window":
-        other = convert(minilm, feature_map="elu", window=4, max_seq_length=96)
+        other = convert(bert, feature_map="elu", window=4, max_seq_length=96)
     elif what == "weights":
         next(other.parameters()).data += 1e-3
     elif what == "pairs":
@@ -94,9 +94,9 @@ def test_cells_of_something_else_are_measured(
 
 
 def test_a_reference_that_another_model_measures_is_measured_anew(
-    model: SentenceTransformer, minilm: str, tmp_path: Path
+    model: SentenceTransformer, bert: str, tmp_path: Path
 ) -> None:
-    other = convert(minilm, feature_map="elu", window=8)
+    other = convert(bert, feature_map="elu", window=8)
     other.prompts, other.default_prompt_name = {"query": "What is said in this text? "}, "query"
     pairs, grid = load_pairs("sample", "test").select(range(8)), Grid((64,), ("filler-different-end",), (8,))
     found = [
@@ -132,4 +132,4 @@ def test_settings_are_checked(settings: dict, message: str) -> None:
 
 
 def test_a_grid_is_json() -> None:
-    assert json.dumps(GRID.cells()[:3]) == '[["natural", null, null], ["repeat", 48, 6], ["repeat", 96, 8]]'
+    assert json.dumps(GRID.cells()[:3]) == '[["natural", null, null], ["repeat", 48, 4], ["repeat", 96, 5]]'

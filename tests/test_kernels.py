@@ -43,7 +43,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.parametrize(
     "padding", ["right", "holes", *(pytest.param(name, marks=pytest.mark.slow) for name in ("none", "left"))]
 )
-@pytest.mark.parametrize("name", ["linear:favor", "linear:elu", "near_far:hedgehog", "near_far:taylor"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("linear:favor", marks=pytest.mark.slow),
+        *("linear:elu", "near_far:hedgehog", "near_far:taylor"),
+    ],
+)
 def test_padded_batches_equal_the_reference(name: str, padding: str, calls: list[str]) -> None:
     form = make_form(name, num_heads=HEADS, head_dim=HEAD_DIM, size=8)
     inputs, mask = make_inputs(3, HEADS, LENGTH, HEAD_DIM), make_mask(padding, LENGTH)

@@ -195,19 +195,30 @@ CASES = [
 @interpreted
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str
+    ("name", "head_dim", "num_features", "dtype"),
+    [
+        *((*case, torch.float32) for case in CASES),
+        *((*case, torch.bfloat16) for case in CASES if case[1] == 8),
+        *(pytest.param(*case, torch.bfloat16, marks=pytest.mark.slow) for case in CASES if case[1] != 8),
+        *(pytest.param(*case, torch.float16, marks=pytest.mark.slow) for case in CASES),
+    ],
 )
-@pytest.mark.parametrize(("name", "head_dim", "num_features"), CASES)
 def test_equals_the_definition(name: str, head_dim: int, num_features: int | None, dtype: torch.dtype) -> None:
-    batch = make_batch(7, 0, 70, head_dim=head_dim, gap=3 if head_dim == 8 else 0, dtype=dtype)
-    feature_map = make_map(name, head_dim, num_features)
+    num_heads, gap = (H, 3) if head_dim == 8 else (1, 0)
+    batch = make_batch(7, 0, 70, head_dim=head_dim, gap=gap, dtype=dtype, num_heads=num_heads)
+    feature_map = make_map(name, head_dim, num_features, num_heads)
     assert_as_good(run_fused(batch, feature_map), batch, feature_map)
 
 
 @interpreted
 @pytest.mark.usefixtures("small_chunks")
-@pytest.mark.parametrize("gap", [0, 2])
-@pytest.mark.parametrize("name", ["elu", "hedgehog"])
+@pytest.mark.parametrize(
+    ("name", "gap"),
+    [
+        *(("elu", 0), ("hedgehog", 2)),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("elu", 2), ("hedgehog", 0))),
+    ],
+)
 def test_all_lengths(name: str, gap: int) -> None:
     batch, feature_map = make_batch(1, 7, 0, 63, 130, 0, head_dim=8, gap=gap, num_heads=1), make_map(name, 8, None, 1)
     assert_as_good(run_fused(batch, feature_map), batch, feature_map)
@@ -235,7 +246,9 @@ def test_texts_of_one_chunk_are_not_merged(name: str, monkeypatch: pytest.Monkey
 
 @interpreted
 @pytest.mark.usefixtures("small_chunks")
-@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in ("relu", "t2r") else ()) for name in FUSED]
+)
 def test_extreme_logits(name: str) -> None:
     """Logits of 1e4 and more: a float32 logit is known to about 1e-3, and so are weights."""
     batch = make_batch(66, head_dim=8, num_heads=1)

@@ -177,7 +177,7 @@ LAYOUTS = {
 @pytest.mark.parametrize(
     ("layout", "window"),
     [
-        *(("packed", window) for window in WINDOWS),
+        *(pytest.param("packed", w, marks=pytest.mark.slow if w in (5, 16) else ()) for w in WINDOWS),
         ("right-padded", 5),
         ("left-padded", 64),
         ("scattered", 16),

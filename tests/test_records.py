@@ -69,6 +69,7 @@ def test_git_commit_is_that_of_the_checkout_itself(tmp_path: Path, monkeypatch: 
     assert told() == (None, None)
 
 
+@pytest.mark.slow
 def test_peak_memory_grows_with_what_is_allocated_and_never_shrinks() -> None:
     # In a process of its own: what other tests leave to be freed, or hold, moves the peak of this one.
     script = """

@@ -292,10 +292,10 @@ TINY_WEIGHTS = Case(
 
 
 CASES = {torch.float64: 1000, torch.float32: 600, torch.bfloat16: 300, torch.float16: 200}
-"""How many are drawn in all; the fast suite draws a tenth of them."""
+"""How many are drawn in all; the fast suite draws a twentieth of them."""
 
 
-@pytest.mark.parametrize("share", [pytest.param(10, id="some"), pytest.param(1, id="all", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("share", [pytest.param(20, id="some"), pytest.param(1, id="all", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", CASES, ids=str)
 def test_equals_the_reference(dtype: torch.dtype, share: int) -> None:
     @draws(CASES[dtype] // share)
@@ -323,9 +323,9 @@ def test_equals_the_reference_on_a_gpu(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", STREAMED)
 def test_result_does_not_depend_on_the_size_of_chunks_and_segments(name: str) -> None:
     form = make_form(name)
-    inputs = make_inputs(2, H, 63, D)
+    inputs = make_inputs(2, H, 41, D)
     expected = run(form.attend, form.parameters, inputs)
-    for chunk, segment in ((1, 4), (1, 63), (2**10, 24), (2**19, 1)):
+    for chunk, segment in ((1, 4), (1, 41), (2**10, 24), (2**19, 1)):
         with sizes(chunk, segment):
             actual = run(form.attend, form.parameters, inputs)
             with torch.no_grad():
@@ -403,12 +403,12 @@ def test_fused_near_blocks_equal_plain_ones(name: str) -> None:
 @pytest.mark.parametrize("name", STREAMED)
 def test_nan_in_a_packed_text_stays_there(name: str, short: int) -> None:
     form = make_form(name)
-    inputs, cu_seqlens = make_inputs(77, H, D), torch.tensor([0, 30, 46, 77])
-    others = torch.ones(77, dtype=torch.bool).index_fill(0, torch.arange(30, 46), False)
+    inputs, cu_seqlens = make_inputs(47, H, D), torch.tensor([0, 18, 28, 47])
+    others = torch.ones(47, dtype=torch.bool).index_fill(0, torch.arange(18, 28), False)
     with sizes(1, 8, short):
         before = run(form.attend, form.parameters, inputs, cu_seqlens=cu_seqlens)
         for x in inputs[:3]:
-            x[30:46] = math.nan
+            x[18:28] = math.nan
         after = run(form.attend, form.parameters, inputs, cu_seqlens=cu_seqlens)
         with torch.no_grad():
             output = form.attend(*inputs[:3], cu_seqlens=cu_seqlens)
@@ -515,7 +515,7 @@ def test_compiled_functions_may_call_attention(name: str) -> None:
     assert_close(output, expected.output)
 
 
-@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("autocast", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("name", STREAMED)
 def test_autocast_changes_nothing_in_any_chunk(name: str, autocast: torch.dtype) -> None:
     form = make_form(name)

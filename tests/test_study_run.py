@@ -147,6 +147,7 @@ class TestRecords:
         assert {budget["examples"] for budget in budgets} == {64}
         assert len({budget["operations"] for budget in budgets}) == len(budgets)
 
+    @pytest.mark.slow
     def test_fewer_pairs_at_once_train_the_same(self, config: dict[str, Any], tmp_path: Path) -> None:
         # Dropout draws otherwise for other shapes.
         still = tmp_path / "still"
@@ -374,6 +375,7 @@ class TestFailures:
         assert len(there) == 1
         assert not any("failure" in record for record in there.values())
 
+    @pytest.mark.slow
     def test_a_full_disk_as_safetensors_tells_it(
         self, config: dict[str, Any], tmp_path: Path, fail: Callable[[Exception], None]
     ) -> None:

@@ -14,6 +14,7 @@ from conftest import FAMILIES, refused
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from sentence_transformers import CrossEncoder, SentenceTransformer
+from test_docs import ROOT, run_blocks, sandbox  # noqa: F401  # the fixture
 from test_recipe import write_pairs
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
@@ -91,6 +92,11 @@ def results_of(name: str) -> dict[str, Any]:
     return {path.stem: read_json(path) for path in Path("out", "results", name).glob("*/STSBenchmark*.json")}
 
 
+@pytest.mark.usefixtures("sandbox")
+def test_the_page_runs() -> None:
+    run_blocks(ROOT / "docs" / "mteb.md")
+
+
 class TestTasks:
     @pytest.mark.parametrize("protocol", protocols.protocol_names())
     def test_metadata(self, protocol: str) -> None:
@@ -99,7 +105,6 @@ class TestTasks:
         metadata = tasks.stsb_task(name).metadata
         assert metadata.is_filled()
         assert (metadata.name, metadata.type, metadata.main_score) == (name, "STS", "cosine_spearman")
-        # Not the registry's, where a page of the docs may have put a local copy.
         assert metadata.dataset == STSBenchmarkSTS.metadata.dataset
         for told in ("4096 tokens", repr(protocol), "all-MiniLM-L6-v2's tokenizer"):
             assert told in metadata.description

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import gc
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +36,6 @@ from st_linear.conversion import linear_attentions
 PAIRS = 32
 STEPS = 8
 """Batches of 8 pairs, 2 epochs."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def frozen_garbage() -> Iterator[None]:
-    """The trainer collects garbage on every run, and searches all that was ever imported: half a second each."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +82,7 @@ RATES = {"cosine": 2e-3, "dse": 2e-3, "maps": 3e-2, "all": 2e-3}
 """Learning rates; the maps, which start where they are sensible already, have far to go."""
 
 
-@pytest.fixture(params=["cosine", "maps", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dse", "all"))])
+@pytest.fixture(params=["cosine", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dse", "maps", "all"))])
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -304,7 +295,7 @@ class TestTrainer:
         seen: list[torch.dtype] = []
         layer = model[0].model.encoder.layer[0].attention.self.query
         hook = layer.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
-        args = arguments(tmp_path, bf16=True, num_train_epochs=10, learning_rate=RATES[name])
+        args = arguments(tmp_path, bf16=True, num_train_epochs=5, learning_rate=RATES[name])
         SentenceTransformerTrainer(model=model, args=args, train_dataset=data, loss=loss).train()
         hook.remove()
         assert set(seen) == {torch.bfloat16}
@@ -327,7 +318,7 @@ class TestTrainer:
         assert distance(*results) < 1e-3
         assert distance(results[0], weights(student(bert))) > 5e-3
 
-    @pytest.mark.parametrize("head", ["cosine", "dse"])
+    @pytest.mark.parametrize("head", ["cosine", pytest.param("dse", marks=pytest.mark.slow)])
     def test_gold_and_taught_pairs_from_two_datasets(
         self, head: Any, bert: str, pairs: Dataset, tmp_path: Path
     ) -> None:
@@ -438,7 +429,7 @@ class TestBestModel:
         assert_close(weights(loaded), weights(model), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("labels", ["gold", "both"])
+@pytest.mark.parametrize("labels", [pytest.param("gold", marks=pytest.mark.slow), "both"])
 class TestFit:
     @pytest.fixture(autouse=True)
     def folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -498,6 +489,7 @@ class TestFit:
         best = PairScoreEvaluator(example_pairs(pairs), gold_of(pairs))(st_linear.load(str(tmp_path / "output")))
         assert best["spearman"] == pytest.approx(max(scores), abs=1e-6)
 
+    @pytest.mark.slow
     def test_the_oldest_loop_too(self, labels: str, bert: str, pairs: Dataset) -> None:
         model = student(bert)
         loss = DistillationLoss(model, alpha=0.5 if labels == "both" else 0)
@@ -514,7 +506,7 @@ class TestFit:
 
 
 class TestFitTransfer:
-    @pytest.mark.parametrize("train", ["maps", "all"])
+    @pytest.mark.parametrize("train", ["maps", pytest.param("all", marks=pytest.mark.slow)])
     def test_plain_texts(
         self, train: Any, bert: str, texts: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

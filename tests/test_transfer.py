@@ -167,7 +167,7 @@ class TestTransfer:
     @pytest.mark.parametrize(
         ("family", "options"),
         [
-            ("roberta", {}),
+            pytest.param("roberta", {}, marks=pytest.mark.slow),
             pytest.param("albert", {}, marks=pytest.mark.slow),
             ("modernbert", {}),
             pytest.param("nomic-bert", {}, marks=pytest.mark.slow),
@@ -184,7 +184,7 @@ class TestTransfer:
         options: dict[str, Any],
     ) -> None:
         model = convert(encoder_folder(family), **{**CONVERSION, **options})
-        record = run(model, book, tmp_path / "training", steps=24)
+        record = run(model, book, tmp_path / "training", steps=12)
         before, after = (record["held_out"][when]["96"]["cosine"] for when in ("before", "after"))
         assert after > before
 

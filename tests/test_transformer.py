@@ -203,6 +203,7 @@ class TestEncoding:
         assert (vectors[0] - vectors[2]).abs().max() > 1e-2
         assert model.encode([]).shape == (0,)
 
+    @pytest.mark.slow
     def test_several_processes_agree_with_one(self, model: SentenceTransformer, texts: list[str]) -> None:
         pool = model.start_multi_process_pool(["cpu", "cpu"])
         try:

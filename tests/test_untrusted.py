@@ -640,7 +640,7 @@ MODEL_FILES = {
 }
 # Kinds of inputs, and how many of each are read in all: 10,000.
 COUNTS = {"models": 1_700, "adapters": 1_600, "studies": 3_000, "pairs": 2_700, "scores": 1_000}
-FAST = 20
+FAST = 40
 
 
 class TestFuzz:
