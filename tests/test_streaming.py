@@ -358,7 +358,11 @@ def test_allocated_bytes_are_found() -> None:
 
 @pytest.mark.skipif(torch.__version__ < "2.9", reason="the profiler of torch 2.6 misses memory that is freed")
 @pytest.mark.parametrize(
-    "name", ["local", "linear:favor", "linear:favor_relu", "near_far:favor", "near_far:favor_relu"]
+    "name",
+    [
+        *("local", "linear:favor", "near_far:favor_relu"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("linear:favor_relu", "near_far:favor")),
+    ],
 )
 def test_memory_per_token_is_a_few_times_that_of_inputs_and_output(name: str) -> None:
     form = make_form(name, num_heads=1, head_dim=16, size=32)  # R = 256: what is mapped has 16 times the size of q
@@ -399,7 +403,7 @@ def test_fused_near_blocks_equal_plain_ones(name: str) -> None:
         assert_close(fused, form.attend(*inputs).detach())
 
 
-@pytest.mark.parametrize("short", [1, 512])
+@pytest.mark.parametrize("short", [pytest.param(1, marks=pytest.mark.slow), 512])
 @pytest.mark.parametrize("name", STREAMED)
 def test_nan_in_a_packed_text_stays_there(name: str, short: int) -> None:
     form = make_form(name)
