@@ -25,6 +25,9 @@ from st_linear.protocols import (
 )
 from st_linear.records import digest
 
+# Of the eight kinds of filler, which are one function's, two; the others run with -m slow.
+FEW = ("repeat", "filler-same-random", "filler-different-end", "document", "truncate")
+PROTOCOLS = [pytest.param(name, marks=() if name in FEW else pytest.mark.slow) for name in protocol_names()]
 FILLERS = [name for name in protocol_names() if name.startswith("filler")]
 
 
@@ -56,7 +59,7 @@ def test_the_choices() -> None:
 
 
 @pytest.mark.parametrize("length", [128, pytest.param(1024, marks=pytest.mark.slow), 600])
-@pytest.mark.parametrize("protocol", protocol_names())
+@pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_no_text_is_longer_and_one_more_sentence_would_make_it_so(
     pairs: Dataset, tokenizer: Any, protocol: str, length: int
 ) -> None:
@@ -93,7 +96,7 @@ def next_sentence(document: str, sentences: list[str]) -> str:
     return cycle[len(cycle) % PAIRS_PER_DOCUMENT]
 
 
-@pytest.mark.parametrize("protocol", protocol_names())
+@pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_a_bare_tokenizer_makes_the_same_texts(pairs: Dataset, tokenizer: Any, protocol: str) -> None:
     bare = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     bare.no_truncation()
@@ -147,7 +150,7 @@ def test_the_two_sides_share_their_filler_or_none_of_it(pairs: Dataset, tokenize
     assert not any(a & b for a, b in filler("filler-different-end"))
 
 
-@pytest.mark.parametrize("protocol", protocol_names())
+@pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_labels(pairs: Dataset, tokenizer: Any, protocol: str) -> None:
     made = lengthen(pairs, tokenizer, 256, protocol)
     if protocol not in ("document", "truncate"):
@@ -169,7 +172,7 @@ def test_labels(pairs: Dataset, tokenizer: Any, protocol: str) -> None:
     assert max(made["score"]) > 0.9
 
 
-@pytest.mark.parametrize("protocol", protocol_names())
+@pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_a_seed_is_a_text_whatever_was_asked_before(pairs: Dataset, tokenizer: Any, protocol: str) -> None:
     pairs = pairs.select(range(12))
     first = lengthen(pairs, tokenizer, 200, protocol, seed=3)

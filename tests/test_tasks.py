@@ -166,6 +166,7 @@ class TestTasks:
         with refused("stands in for the split test alone, not for ['validation']"):
             task.filter_eval_splits(["validation"]).load_data()
 
+    @pytest.mark.slow
     def test_the_benchmark_groups_all(self) -> None:
         tasks.register_tasks()
         benchmark = mteb.get_benchmark("STSB-long")

@@ -172,7 +172,7 @@ class TestTransfer:
             ("modernbert", {}),
             pytest.param("nomic-bert", {}, marks=pytest.mark.slow),
             ("bert", {"window": 0}),
-            ("bert", {"exact_layers": [1]}),
+            pytest.param("bert", {"exact_layers": [1]}, marks=pytest.mark.slow),
         ],
     )
     def test_other_encoders_and_settings(
