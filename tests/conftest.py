@@ -144,13 +144,13 @@ def encoder_folder(save_encoder: Callable[..., str]) -> Callable[[str], str]:
     return cache(lambda name: save_encoder(FAMILIES[name]()))
 
 
-# Families whose code is another's: transformers' copies of BERT and RoBERTa.
-COPIES = ("xlm-roberta", "camembert", "ernie")
+# Each is close to another family that is tested: they are left to -m slow.
+ALIKE = ("xlm-roberta", "camembert", "electra", "ernie", "nomic-bert", "jina-v3")
 
 
 @pytest.fixture(
     scope="session",
-    params=[pytest.param(name, marks=pytest.mark.slow if name in COPIES else ()) for name in FAMILIES],
+    params=[pytest.param(name, marks=pytest.mark.slow if name in ALIKE else ()) for name in FAMILIES],
 )
 def family(request: pytest.FixtureRequest, encoder_folder: Callable[[str], str]) -> str:
     """The folder of each supported family in turn."""

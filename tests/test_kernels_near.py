@@ -178,10 +178,10 @@ LAYOUTS = {
     ("layout", "window"),
     [
         *(pytest.param("packed", window, marks=pytest.mark.slow if window != 1 else ()) for window in WINDOWS),
-        ("right-padded", 5),
+        pytest.param("right-padded", 5, marks=pytest.mark.slow),
         ("left-padded", 64),
         ("scattered", 16),
-        ("sparse", 5),
+        pytest.param("sparse", 5, marks=pytest.mark.slow),
     ],
 )
 def test_equals_reference(layout: str, window: int) -> None:

@@ -500,7 +500,8 @@ def test_backward_runs_again_where_the_graph_is_retained() -> None:
         assert_close(second, first, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["hedgehog", pytest.param("elu", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["hedgehog", "elu"])
 def test_compiled_functions_may_call_attention(name: str) -> None:
     linear, near_far = make_form(f"linear:{name}"), make_form(f"near_far:{name}")
     inputs, mask = make_inputs(2, H, 41, D), torch.arange(41) < torch.tensor([[41], [23]])

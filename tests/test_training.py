@@ -470,6 +470,7 @@ class TestFit:
             distance(weights(st_linear.load(str(tmp_path / "checkpoints" / "checkpoint-10"))), weights(model)) > 1e-3
         )
 
+    @pytest.mark.slow
     def test_the_best_model_is_saved(self, labels: str, bert: str, pairs: Dataset, tmp_path: Path) -> None:
         model = student(bert)
         loss = DistillationLoss(model, alpha=0.5 if labels == "both" else 0, head="dse")
