@@ -275,7 +275,7 @@ class _NoMoreThanFiles(TorchDispatchMode):
         if sum(sizes) < _BIG and math.prod(size for size in sizes if size) < _BIG:
             return
         # Layers are alike, and so are most of their operations.
-        call = f"{func} {tree_map(_layout, (args, kwargs))}"
+        call = f"{func} {torch.get_default_dtype()} {tree_map(_layout, (args, kwargs))}"
         if call not in self.planned:
             planned = tree_leaves(_planned(func, args, kwargs))
             self.planned[call] = sum(leaf.numel() * leaf.itemsize for leaf in planned if isinstance(leaf, Tensor))

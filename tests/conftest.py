@@ -22,7 +22,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# No names from it: the process that hands tests to workers would wait for models that it never makes.
+# Its names would be loaded here, in the process that hands tests to workers and makes no model, too.
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
@@ -31,8 +31,8 @@ torch.set_num_threads(1)
 
 
 def pytest_runtest_setup() -> None:
-    # Trainers collect garbage again and again. What was imported before a test needs no search within it: a full
-    # collection then takes a tenth of the time or less.
+    # Trainers collect garbage again and again. What was there before a test needs no search within it: a collection
+    # then takes a tenth of the time or less. Cycles that a module's fixtures are part of stay until the end.
     gc.collect()
     gc.freeze()
 

@@ -4,6 +4,9 @@ import json
 import logging
 import random
 import shutil
+import subprocess
+import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,6 +63,7 @@ class Done(NamedTuple):
     code: int
     out: str
     err: str
+    warnings: list[str]
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +86,9 @@ def quickstart(
         write_pairs(folder / "pairs")
         shutil.copytree(bert, folder / "bert")
         monkeypatch.chdir(folder)
-        done = run(" ".join(QUICKSTART), "--base", "bert", "--output", "out", "--json")
-        finished.append(Done(folder, *done))
+        with warnings.catch_warnings(record=True) as caught:
+            done = run(" ".join(QUICKSTART), "--base", "bert", "--output", "out", "--json")
+        finished.append(Done(folder, *done, [str(warning.message) for warning in caught]))
     return finished[0]
 
 
@@ -345,6 +350,14 @@ class TestQuickstart:
         for line in ("Data: pairs", "Base model: bert", "softmax student", "100%", "Lengths:"):
             assert line in err
         assert "Warning" not in err
+        assert not quickstart.warnings
+
+    @pytest.mark.slow
+    def test_as_a_process(self, place: Path) -> None:
+        command = [sys.executable, "-m", "st_linear.cli", *QUICKSTART, "--base", "bert", "--output", "out", "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert json.loads(done.stdout) == read_json("out/record.json")
+        assert "Warning" not in done.stderr
 
     def test_results(self, quickstart: Done) -> None:
         out = quickstart.folder / "out"

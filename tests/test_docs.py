@@ -91,7 +91,7 @@ def sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, minilm: str) -> Ite
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name != "mteb.md"], ids=name_of)
 def test_python_blocks_run(page: Path) -> None:
-    """But for mteb's, which test_tasks.py runs: mteb takes long to start, and this may be another process."""
+    """All pages but mteb's, which test_tasks.py runs: mteb takes long to start, and this may be another process."""
     run_blocks(page)
 
 

@@ -85,7 +85,7 @@ def test_cells_of_something_else_are_measured(
     elif what == "tokenizer":
         other.tokenizer.backend_tokenizer.normalizer = Lowercase()
     elif what == "truncate_dim":
-        other.truncate_dim = 64
+        other.truncate_dim = 16
     else:
         other.prompts, other.default_prompt_name = {"query": "query: "}, "query"
     after = evaluate_grid(other, pairs, Grid(), folder=tmp_path, show_progress_bar=False)

@@ -205,9 +205,8 @@ CASES = [
     ],
 )
 def test_equals_the_definition(name: str, head_dim: int, num_features: int | None, dtype: torch.dtype) -> None:
-    num_heads, gap = (H, 3) if head_dim == 8 else (1, 0)
-    batch = make_batch(7, 0, 70, head_dim=head_dim, gap=gap, dtype=dtype, num_heads=num_heads)
-    feature_map = make_map(name, head_dim, num_features, num_heads)
+    batch = make_batch(7, 0, 70, head_dim=head_dim, gap=3 if head_dim == 8 else 0, dtype=dtype)
+    feature_map = make_map(name, head_dim, num_features)
     assert_as_good(run_fused(batch, feature_map), batch, feature_map)
 
 

@@ -58,7 +58,7 @@ def test_the_choices() -> None:
     ]
 
 
-@pytest.mark.parametrize("length", [128, pytest.param(1024, marks=pytest.mark.slow), 600])
+@pytest.mark.parametrize("length", [128, 600, pytest.param(1024, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_no_text_is_longer_and_one_more_sentence_would_make_it_so(
     pairs: Dataset, tokenizer: Any, protocol: str, length: int

@@ -404,9 +404,11 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures are files without a picture: drawing them is most of a report's time."""
+@pytest.fixture(params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["undrawn", "drawn"])
+def drawing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are files without a picture, or drawn, which is most of a report's time."""
+    if request.param:
+        return
 
     def write_figure(figure: Any, path: Path, dpi: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -473,7 +475,7 @@ class TestReport:
         for setting in ("training.batch_size: 32", "budget.examples: 200", "evaluation.lengths: 256", "a teacher"):
             assert setting in text
 
-    @pytest.mark.usefixtures("no_drawing")
+    @pytest.mark.usefixtures("drawing")
     def test_times_are_of_one_machine_and_format(self, reported: Path, tmp_path: Path) -> None:
         folder = tmp_path / "copy"
         shutil.copytree(reported, folder)
@@ -543,15 +545,14 @@ class TestReport:
         assert elu["convergence"]["own"]["99"]["seconds"]["n"] == 3
         assert elu["transfer_cost"]["operations"]["mean"] == 1e8
 
-    @pytest.mark.usefixtures("no_drawing")
+    @pytest.mark.slow
     def test_the_same_records_give_the_same_report(self, reported: Path, tmp_path: Path) -> None:
         shutil.copytree(reported, tmp_path / "copy", ignore=shutil.ignore_patterns("report"))
         write_report(tmp_path / "copy")
-        # Pictures are compared in test_plots.py.
-        for name in ("report.md", "summary.json"):
+        for name in ("report.html", "report.md", "summary.json"):
             assert (tmp_path / "copy/report" / name).read_bytes() == (reported / "report" / name).read_bytes()
 
-    @pytest.mark.usefixtures("no_drawing")
+    @pytest.mark.usefixtures("drawing")
     def test_one_seed_and_no_control(self, reported: Path, tmp_path: Path) -> None:
         shutil.copytree(
             reported, tmp_path / "copy", ignore=shutil.ignore_patterns("report", "*softmax*", "*seed-[12]")
@@ -591,7 +592,7 @@ class TestCommands:
         )
         return tmp_path
 
-    @pytest.mark.usefixtures("no_drawing")
+    @pytest.mark.usefixtures("drawing")
     def test_run_and_report(self, run: Callable[..., tuple[int, str, str]], here: Path) -> None:  # noqa: F811
         code, out, err = run("study run study.yaml --engine inline --json")
         assert code == 0, err

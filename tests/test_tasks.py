@@ -95,11 +95,6 @@ def results_of(name: str) -> dict[str, Any]:
     return {path.stem: read_json(path) for path in Path("out", "results", name).glob("*/STSBenchmark*.json")}
 
 
-@pytest.mark.usefixtures("sandbox")
-def test_the_page_runs() -> None:
-    run_blocks(ROOT / "docs" / "mteb.md")
-
-
 class TestTasks:
     @pytest.mark.parametrize("protocol", protocols.protocol_names())
     def test_metadata(self, protocol: str) -> None:
@@ -223,6 +218,10 @@ class TestTasks:
 
 
 class TestCommandLine:
+    @pytest.mark.usefixtures("place", "sandbox")
+    def test_the_page_runs(self) -> None:
+        run_blocks(ROOT / "docs" / "mteb.md")
+
     def test_results_are_those_of_evaluate(self, run: Callable[..., tuple[int, str, str]], place: Path) -> None:
         st_linear.convert("bert", window=8, max_seq_length=64).save_pretrained("linear")
         code, out, _ = run(f"{RUN} linear {LOCAL} --batch-size 8 --json")

@@ -303,6 +303,17 @@ class TestMemory:
         with refused(f"{plain} asks for "), guarded(str(plain)):
             take()
 
+    def test_the_default_dtype_counts(self, plain: Path) -> None:
+        """Under float16 both tensors would take no more than what is left to a model."""
+        before = torch.get_default_dtype()
+        try:
+            with refused(f"{plain} asks for "), guarded(str(plain)):
+                for dtype in (torch.float16, torch.float64):
+                    torch.set_default_dtype(dtype)
+                    torch.empty(50_000_000)
+        finally:
+            torch.set_default_dtype(before)
+
     def test_what_memory_is_needed_is_given(self, family: str, tmp_path: Path) -> None:
         """Encoders of every family at 8,192 tokens, many features, tables that were extended: none is refused."""
         model = convert(family, feature_map="favor", window=8, feature_map_kwargs={"num_features": 512})
