@@ -295,7 +295,7 @@ class TestTrainer:
         seen: list[torch.dtype] = []
         layer = model[0].model.encoder.layer[0].attention.self.query
         hook = layer.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
-        args = arguments(tmp_path, bf16=True, num_train_epochs=5, learning_rate=RATES[name])
+        args = arguments(tmp_path, bf16=True, num_train_epochs=10, learning_rate=RATES[name])
         SentenceTransformerTrainer(model=model, args=args, train_dataset=data, loss=loss).train()
         hook.remove()
         assert set(seen) == {torch.bfloat16}
