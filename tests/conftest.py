@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,9 @@ def pytest_runtest_setup() -> None:
 def pytest_unconfigure() -> None:
     gc.unfreeze()
 
+
+slow = partial(pytest.param, marks=pytest.mark.slow)
+"""A case of a parametrised test that the fast suite leaves out."""
 
 SPECIAL_TOKENS = ("[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]")
 WORDS = tuple(f"{first}{second}" for first in "bdfgklmn" for second in "aeiou")
@@ -150,7 +153,7 @@ ALIKE = ("xlm-roberta", "camembert", "electra", "ernie", "nomic-bert", "jina-v3"
 
 @pytest.fixture(
     scope="session",
-    params=[pytest.param(name, marks=pytest.mark.slow if name in ALIKE else ()) for name in FAMILIES],
+    params=[slow(name) if name in ALIKE else name for name in FAMILIES],
 )
 def family(request: pytest.FixtureRequest, encoder_folder: Callable[[str], str]) -> str:
     """The folder of each supported family in turn."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, refused
+from conftest import FAMILIES, refused, slow
 from sentence_transformers import SentenceTransformer
 from torch.testing import assert_close
 
@@ -171,7 +171,7 @@ class TestAllMiniLM:
         texts = ["A plane is taking off.", "The bridge was closed after the storm. " * 25]
         assert_close(adapted_minilm.encode(texts), original.encode(texts), rtol=0, atol=1e-5)
 
-    @pytest.mark.parametrize(("length", "least"), [(512, 0.98), pytest.param(2048, 0.95, marks=pytest.mark.slow)])
+    @pytest.mark.parametrize(("length", "least"), [(512, 0.98), slow(2048, 0.95)])
     def test_long_texts_come_close(
         self, adapted_minilm: SentenceTransformer, minilm: str, length: int, least: float
     ) -> None:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import typer
+from conftest import slow
 
 import st_linear
 from st_linear import feature_map_names, feature_maps
@@ -134,7 +135,7 @@ def test_reasons_are_found(comment: str, fence: str, accepted: bool, tmp_path: P
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")
 @pytest.mark.parametrize(
     "example",
-    [pytest.param(path, marks=pytest.mark.slow if path.stem != "new_feature_map" else ()) for path in EXAMPLES],
+    [path if path.stem == "new_feature_map" else slow(path) for path in EXAMPLES],
     ids=name_of,
 )
 def test_examples_run(example: Path, capsys: pytest.CaptureFixture[str]) -> None:

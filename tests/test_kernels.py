@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import slow
 from test_attention import TOLERANCES, assert_runs_close, make_form, make_inputs, make_mask, run
 
 from st_linear import kernels
@@ -40,13 +41,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return called
 
 
-@pytest.mark.parametrize(
-    "padding", ["right", "holes", *(pytest.param(name, marks=pytest.mark.slow) for name in ("none", "left"))]
-)
+@pytest.mark.parametrize("padding", ["right", "holes", *(slow(name) for name in ("none", "left"))])
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param("linear:favor", marks=pytest.mark.slow),
+        slow("linear:favor"),
         *("linear:elu", "near_far:hedgehog", "near_far:taylor"),
     ],
 )

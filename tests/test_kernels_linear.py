@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from conftest import refused
+from conftest import refused, slow
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -190,19 +190,15 @@ CASES = [
     ("hedgehog", 48, 20),
     ("t2r", 32, 17),
 ]
+FAST = [*((*case, torch.float32) for case in CASES[:4]), (*CASES[0], torch.bfloat16)]
 
 
 @interpreted
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize(
     ("name", "head_dim", "num_features", "dtype"),
-    [
-        *((*case, torch.float32) for case in CASES[:4]),
-        (*CASES[0], torch.bfloat16),
-        *(pytest.param(*case, torch.float32, marks=pytest.mark.slow) for case in CASES[4:]),
-        *(pytest.param(*case, torch.bfloat16, marks=pytest.mark.slow) for case in CASES[1:]),
-        *(pytest.param(*case, torch.float16, marks=pytest.mark.slow) for case in CASES),
-    ],
+    [case if case in FAST else slow(*case) for case in ((*shapes, dtype) for shapes in CASES for dtype in TOLERANCES)],
+    ids=str,
 )
 def test_equals_the_definition(name: str, head_dim: int, num_features: int | None, dtype: torch.dtype) -> None:
     batch = make_batch(7, 0, 70, head_dim=head_dim, gap=3 if head_dim == 8 else 0, dtype=dtype)
@@ -216,7 +212,7 @@ def test_equals_the_definition(name: str, head_dim: int, num_features: int | Non
     ("name", "gap"),
     [
         *(("elu", 0), ("hedgehog", 2)),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("elu", 2), ("hedgehog", 0))),
+        *(slow(*case) for case in (("elu", 2), ("hedgehog", 0))),
     ],
 )
 def test_all_lengths(name: str, gap: int) -> None:
@@ -237,9 +233,7 @@ def test_many_features(name: str, num_features: int, dtype: torch.dtype) -> None
 
 
 @interpreted
-@pytest.mark.parametrize(
-    "name", ["hedgehog", *(pytest.param(name, marks=pytest.mark.slow) for name in ("elu", "favor"))]
-)
+@pytest.mark.parametrize("name", ["hedgehog", *(slow(name) for name in ("elu", "favor"))])
 def test_texts_of_one_chunk_are_not_merged(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     batch, feature_map = make_batch(20, 0, 33, head_dim=8, gap=2), make_map(name, 8, None if name == "elu" else 6)
     monkeypatch.setattr(linear._Launcher, "merge", None)
@@ -248,9 +242,7 @@ def test_texts_of_one_chunk_are_not_merged(name: str, monkeypatch: pytest.Monkey
 
 @interpreted
 @pytest.mark.usefixtures("small_chunks")
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name not in ("favor", "hedgehog") else ()) for name in FUSED]
-)
+@pytest.mark.parametrize("name", [name if name in ("favor", "hedgehog") else slow(name) for name in FUSED])
 def test_extreme_logits(name: str) -> None:
     """Logits of 1e4 and more: a float32 logit is known to about 1e-3, and so are weights."""
     batch = make_batch(66, head_dim=8, num_heads=1)

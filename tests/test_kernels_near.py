@@ -19,7 +19,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton")
 
-from conftest import refused
+from conftest import refused, slow
 
 from st_linear.kernels.near import near_attention, near_attention_backward
 
@@ -177,11 +177,12 @@ LAYOUTS = {
 @pytest.mark.parametrize(
     ("layout", "window"),
     [
-        *(pytest.param("packed", window, marks=pytest.mark.slow if window != 1 else ()) for window in WINDOWS),
-        pytest.param("right-padded", 5, marks=pytest.mark.slow),
+        ("packed", WINDOWS[0]),
+        *(slow("packed", window) for window in WINDOWS[1:]),
+        slow("right-padded", 5),
         ("left-padded", 64),
         ("scattered", 16),
-        pytest.param("sparse", 5, marks=pytest.mark.slow),
+        slow("sparse", 5),
     ],
 )
 def test_equals_reference(layout: str, window: int) -> None:
@@ -205,7 +206,7 @@ def test_head_sizes(head_dim: int) -> None:
     [
         (5, HALF[1]),
         (16, HALF[0]),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, HALF[0]), (16, HALF[1]), (64, HALF[0]))),
+        *(slow(*case) for case in ((1, HALF[0]), (16, HALF[1]), (64, HALF[0]))),
     ],
 )
 def test_half_precision_is_near_plain_pytorch(window: int, dtype: torch.dtype) -> None:

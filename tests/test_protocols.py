@@ -8,7 +8,7 @@ from statistics import mean
 from typing import Any
 
 import pytest
-from conftest import refused
+from conftest import refused, slow
 from datasets import Dataset
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
@@ -58,7 +58,7 @@ def test_the_choices() -> None:
     ]
 
 
-@pytest.mark.parametrize("length", [128, 600, pytest.param(1024, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("length", [128, 600, slow(1024)])
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_no_text_is_longer_and_one_more_sentence_would_make_it_so(
     pairs: Dataset, tokenizer: Any, protocol: str, length: int

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from conftest import slow
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_attention import (
@@ -295,7 +296,7 @@ CASES = {torch.float64: 1000, torch.float32: 600, torch.bfloat16: 300, torch.flo
 """How many are drawn in all; the fast suite draws a twentieth of them."""
 
 
-@pytest.mark.parametrize("share", [pytest.param(20, id="some"), pytest.param(1, id="all", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("share", [pytest.param(20, id="some"), slow(1, id="all")])
 @pytest.mark.parametrize("dtype", CASES, ids=str)
 def test_equals_the_reference(dtype: torch.dtype, share: int) -> None:
     @draws(CASES[dtype] // share)
@@ -361,7 +362,7 @@ def test_allocated_bytes_are_found() -> None:
     "name",
     [
         *("local", "linear:favor", "near_far:favor_relu"),
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("linear:favor_relu", "near_far:favor")),
+        *(slow(name) for name in ("linear:favor_relu", "near_far:favor")),
     ],
 )
 def test_memory_per_token_is_a_few_times_that_of_inputs_and_output(name: str) -> None:
@@ -403,7 +404,7 @@ def test_fused_near_blocks_equal_plain_ones(name: str) -> None:
         assert_close(fused, form.attend(*inputs).detach())
 
 
-@pytest.mark.parametrize("short", [pytest.param(1, marks=pytest.mark.slow), 512])
+@pytest.mark.parametrize("short", [slow(1), 512])
 @pytest.mark.parametrize("name", STREAMED)
 def test_nan_in_a_packed_text_stays_there(name: str, short: int) -> None:
     form = make_form(name)
@@ -520,7 +521,7 @@ def test_compiled_functions_may_call_attention(name: str) -> None:
     assert_close(output, expected.output)
 
 
-@pytest.mark.parametrize("autocast", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize("autocast", [torch.bfloat16, slow(torch.float16)], ids=str)
 @pytest.mark.parametrize("name", STREAMED)
 def test_autocast_changes_nothing_in_any_chunk(name: str, autocast: torch.dtype) -> None:
     form = make_form(name)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import refused
+from conftest import refused, slow
 from scipy.stats import ttest_rel
 from test_cli import one_line_error, run  # noqa: F401  # the fixture
 from test_recipe import write_pairs
@@ -404,7 +404,7 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["undrawn", "drawn"])
+@pytest.fixture(params=[False, slow(True)], ids=["undrawn", "drawn"])
 def drawing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures are files without a picture, or drawn, which is most of a report's time."""
     if request.param:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import refused
+from conftest import refused, slow
 from test_recipe import write_pairs
 
 from st_linear.records import read_json, write_json
@@ -312,7 +312,7 @@ class TestFailures:
     @pytest.mark.parametrize(
         ("error", "out_of_memory"),
         [
-            pytest.param(ValueError("too\nbad"), False, marks=pytest.mark.slow),
+            slow(ValueError("too\nbad"), False),
             (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), True),
         ],
     )

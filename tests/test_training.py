@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES
+from conftest import FAMILIES, slow
 from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file, save_file
 from sentence_transformers import (
@@ -82,7 +82,7 @@ RATES = {"cosine": 2e-3, "dse": 2e-3, "maps": 3e-2, "all": 2e-3}
 """Learning rates; the maps, which start where they are sensible already, have far to go."""
 
 
-@pytest.fixture(params=["cosine", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dse", "maps", "all"))])
+@pytest.fixture(params=["cosine", *(slow(name) for name in ("dse", "maps", "all"))])
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -286,7 +286,7 @@ class TestTrainer:
         for rank in (0, 1):
             assert_close(load_file(tmp_path / f"{rank}.safetensors"), expected, rtol=0, atol=1e-5)
 
-    @pytest.mark.parametrize("packed", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["packed", "padded"])
+    @pytest.mark.parametrize("packed", [True, slow(False)], ids=["packed", "padded"])
     def test_bf16_autocast(self, name: str, data: Dataset, bert: str, tmp_path: Path, packed: bool) -> None:
         model = student(bert)
         model[0].unpad_inputs = packed
@@ -318,7 +318,7 @@ class TestTrainer:
         assert distance(*results) < 1e-3
         assert distance(results[0], weights(student(bert))) > 5e-3
 
-    @pytest.mark.parametrize("head", ["cosine", pytest.param("dse", marks=pytest.mark.slow)])
+    @pytest.mark.parametrize("head", ["cosine", slow("dse")])
     def test_gold_and_taught_pairs_from_two_datasets(
         self, head: Any, bert: str, pairs: Dataset, tmp_path: Path
     ) -> None:
@@ -429,7 +429,7 @@ class TestBestModel:
         assert_close(weights(loaded), weights(model), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("labels", [pytest.param("gold", marks=pytest.mark.slow), "both"])
+@pytest.mark.parametrize("labels", [slow("gold"), "both"])
 class TestFit:
     @pytest.fixture(autouse=True)
     def folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -443,7 +443,7 @@ class TestFit:
         ]
         return DataLoader(examples, shuffle=True, batch_size=8)
 
-    @pytest.mark.parametrize("head", ["cosine", pytest.param("dse", marks=pytest.mark.slow)])
+    @pytest.mark.parametrize("head", ["cosine", slow("dse")])
     def test_it_learns_and_saves(self, head: Any, labels: str, bert: str, pairs: Dataset, tmp_path: Path) -> None:
         model = student(bert)
         loss = DistillationLoss(model, alpha=0.5 if labels == "both" else 0, head=head)
@@ -507,7 +507,7 @@ class TestFit:
 
 
 class TestFitTransfer:
-    @pytest.mark.parametrize("train", ["maps", pytest.param("all", marks=pytest.mark.slow)])
+    @pytest.mark.parametrize("train", ["maps", slow("all")])
     def test_plain_texts(
         self, train: Any, bert: str, texts: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

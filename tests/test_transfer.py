@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, WORDS, refused
+from conftest import FAMILIES, WORDS, refused, slow
 from sentence_transformers import SentenceTransformer
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -167,12 +167,12 @@ class TestTransfer:
     @pytest.mark.parametrize(
         ("family", "options"),
         [
-            pytest.param("roberta", {}, marks=pytest.mark.slow),
-            pytest.param("albert", {}, marks=pytest.mark.slow),
+            slow("roberta", {}),
+            slow("albert", {}),
             ("modernbert", {}),
-            pytest.param("nomic-bert", {}, marks=pytest.mark.slow),
+            slow("nomic-bert", {}),
             ("bert", {"window": 0}),
-            pytest.param("bert", {"exact_layers": [1]}, marks=pytest.mark.slow),
+            slow("bert", {"exact_layers": [1]}),
         ],
     )
     def test_other_encoders_and_settings(

@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import WORDS, refused
+from conftest import WORDS, refused, slow
 from safetensors.torch import load_file, save_file
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.base.modules import Dense, Transformer
@@ -655,7 +655,7 @@ FAST = 40
 
 
 class TestFuzz:
-    @pytest.fixture(params=[pytest.param(FAST, id="some"), pytest.param(1, id="all", marks=pytest.mark.slow)])
+    @pytest.fixture(params=[pytest.param(FAST, id="some"), slow(1, id="all")])
     def share(self, request: pytest.FixtureRequest) -> int:
         return request.param
 
