@@ -83,7 +83,7 @@ def load(model_name_or_path: str, **kwargs: Any) -> SentenceTransformer:
         FileNotFoundError: If there is no such folder, and no such model on the hub.
         ValueError: If the model needs a class of its own, is a CrossEncoder, lacks weights of its encoder (which
             transformers would draw at random), or its files are damaged, name code on the hub, hold NaN, or ask for
-            much more memory than they hold; see :func:`~st_linear.untrusted.guarded`.
+            much more memory than they hold.
     """
     if kwargs.pop("trust_remote_code", False):
         raise ValueError(

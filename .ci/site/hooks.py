@@ -28,7 +28,8 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
-    """Link to them where the site has them."""
+    """Link to them where the site has them, and to a report's own page rather than to the Markdown of it."""
+    markdown = markdown.replace("/report.md)", "/report.html)")
     return markdown if "/" in page.file.src_uri else OUTSIDE.sub(r"](outside/\g<path>.txt", markdown)
 
 
