@@ -2,7 +2,8 @@
 
 A text's keys and values are folded, chunk by chunk, into one *state* per head: for each of R features a mean value and
 its weight. Queries are read out of it, chunk by chunk. In training each chunk is a checkpoint: the backward pass
-recomputes it. So memory beyond inputs and outputs is a few chunks and a few states, whatever the length.
+recomputes it, but for texts of a few tokens. So memory beyond inputs and outputs is a few chunks and a few states,
+whatever the length.
 
 Exponential maps, ``φ(x) = exp(logits)``, are two softmaxes, which is what keeps them in range at any size of logits:
 
@@ -237,11 +238,12 @@ def stream_linear(
         return kernel.read_alone(_upcast(query), state, position).to(query.dtype)
 
     chunk = kernel.chunk(query)
+    call = _caller(query)
     positions = positions_of(query, token_mask).split(chunk, dim=2)
     masks = [None] * len(positions) if token_mask is None else token_mask.split(chunk, dim=2)
     parts = zip(key.split(chunk, dim=2), value.split(chunk, dim=2), masks, positions)
-    state = with_offset(reduce(kernel.merge, (_recomputed(fold, *part) for part in parts)), offset)
-    return _joined((_recomputed(read, *part) for part in zip(query.split(chunk, dim=2), positions)), query)
+    state = with_offset(reduce(kernel.merge, (call(fold, *part) for part in parts)), offset)
+    return _joined((call(read, *part) for part in zip(query.split(chunk, dim=2), positions)), query)
 
 
 @torch.compiler.disable
@@ -351,7 +353,8 @@ def stream_local(
         output, _ = attend_near(queries, *keys[:3], radius, neighbours, scale, radius)
         return output.to(query.dtype)
 
-    return _joined((_recomputed(attend, *segment) for segment in text.segments), query)
+    call = _caller(query)
+    return _joined((call(attend, *segment) for segment in text.segments), query)
 
 
 class _Blocks:
@@ -477,6 +480,18 @@ def positions_of(query: Tensor, token_mask: Tensor | None) -> Tensor:
 
 def _upcast(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _caller(query: Tensor) -> Callable[..., Any]:
+    """What calls the parts of texts (B, H, T, D), to make them anew in the backward pass where that saves memory.
+
+    A text of at most D tokens has fewer logits than its state or its keys have numbers, which are kept in any case.
+    """
+    return _recomputed if query.shape[2] > query.shape[3] else _called
+
+
+def _called(function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(*arguments)
 
 
 def _recomputed(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -321,6 +321,23 @@ def test_equals_the_reference_on_a_gpu(dtype: torch.dtype) -> None:
     test()
 
 
+@pytest.mark.parametrize(("length", "recomputes"), [(8, False), (9, True)])
+@pytest.mark.parametrize("name", ["linear:hedgehog", "linear:elu", "local"])
+def test_texts_of_few_tokens_are_not_recomputed(
+    name: str, length: int, recomputes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def counted(function: Callable[..., object], *arguments: object, **options: object) -> object:
+        calls.append(function)
+        return checkpoint(function, *arguments, **options)
+
+    monkeypatch.setattr(streaming, "checkpoint", counted)
+    form = make_form(name, num_heads=2, head_dim=8, size=4)
+    run(form.attend, form.parameters, make_inputs(3, 2, length, 8))
+    assert bool(calls) == recomputes
+
+
 @pytest.mark.parametrize("name", STREAMED)
 def test_result_does_not_depend_on_the_size_of_chunks_and_segments(name: str) -> None:
     form = make_form(name)
