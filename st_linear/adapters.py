@@ -35,6 +35,9 @@ FORMAT_VERSION = 1
 SETTINGS = ("feature_map", "feature_map_kwargs", "window", "exact_layers")
 """Settings of a conversion that its tensors hang on."""
 
+EXACT_UP_TO = "exact_up_to"
+"""A setting that they do not hang on: an adapter says what it is meant for, and the caller may say otherwise."""
+
 _BUNDLED = Path(str(files("st_linear"))) / "bundled"
 
 _SAMPLES = 8
@@ -54,7 +57,7 @@ class Adapter:
     Attributes:
         source: Folder, hub id or bundled name that it was loaded from.
         weights: Path of its tensors.
-        settings: Values of :data:`SETTINGS`.
+        settings: Values of :data:`SETTINGS`, and of :data:`EXACT_UP_TO` or None.
         fingerprint: Of the encoder that it was trained for; see :func:`fingerprint`.
         base: What that encoder is called, and its revision where one is known.
         training: Texts, settings and fidelity of the training, as far as they were recorded.
@@ -93,6 +96,7 @@ class Adapter:
             )
         try:
             settings = {name: config["settings"][name] for name in SETTINGS}
+            settings[EXACT_UP_TO] = config["settings"].get(EXACT_UP_TO)
             base = dict(config["base"])
             samples = [float(value) for value in base.pop("fingerprint")]
             check_settings(**settings)
@@ -203,7 +207,7 @@ def write_adapter(
     settings = encoder.get_config_dict()
     config = {
         "version": FORMAT_VERSION,
-        "settings": {name: settings[name] for name in SETTINGS},
+        "settings": {name: settings[name] for name in (*SETTINGS, EXACT_UP_TO) if name in settings},
         "training": encoder.training_record,
         "base": {**encoder.base_encoder, "fingerprint": fingerprint(encoder.model)},
     }

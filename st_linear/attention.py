@@ -11,7 +11,7 @@ With ``s_ij = scale · q_i·k_j``, the output is ``o_i = Σ_j w_ij v_j / Σ_j w_
 - softmax: ``w_ij = exp(s_ij)``
 - linear: ``w_ij = φ_q(q_i)·φ_k(k_j)``
 - near/far: ``exp(s_ij)`` where j's block of ``window`` tokens is i's own or a neighbour of it, and
-  ``exp(γ_h) φ_q(q_i)·φ_k(k_j)`` elsewhere
+  ``exp(γ_h) φ_q(q_i)·φ_k(k_j)`` elsewhere; ``exp(s_ij)`` throughout in texts of at most ``exact_up_to`` tokens
 - local: ``exp(s_ij)`` where j is at most ``radius`` tokens away from i, else 0
 
 Slots outside a text hold anything, NaN included, and change nothing; their outputs are zeros, as are those of a text
@@ -123,6 +123,7 @@ def near_far_attention(
     *,
     feature_map: FeatureMap,
     window: int,
+    exact_up_to: int | None = None,
     gain: Tensor | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
@@ -130,7 +131,7 @@ def near_far_attention(
 ) -> Tensor:
     """Exact attention to near blocks and linear attention beyond, under one normaliser. Time O(T·(3·window + R)·D).
 
-    A text of at most ``2 · window`` tokens has no far token: it gets softmax attention, to rounding.
+    A text of at most ``exact_up_to`` tokens gets softmax attention.
 
     Args:
         query: (B, H, T, D), or (N, H, D) when packed.
@@ -139,27 +140,31 @@ def near_far_attention(
         attention_mask: (B, T), 1 = token; None where every slot is one. Blocks count tokens, not slots.
         feature_map: φ of the far part.
         window: Block length in tokens, at least 1.
+        exact_up_to: Texts of at most so many tokens have no far part. ``2 · window`` by default, and at least, as they
+            have no far token.
         gain: (H,), γ: the logarithm of a factor on far weights. Zeros by default.
         scale: Factor of the logits, ``D**-0.5`` by default.
-        dropout_p: Probability of dropping a weight; only where T <= 2 · window, as no weights exist in the far part.
+        dropout_p: Probability of dropping a weight; only in texts of at most ``exact_up_to`` tokens, as no weights
+            exist in the far part.
         cu_seqlens: (B + 1,) offsets of the texts; makes the inputs packed.
 
     Returns:
         The shape and dtype of ``query``.
 
     Raises:
-        ValueError: If shapes do not fit, ``window`` < 1, or the map is ``softmax``.
+        ValueError: If shapes do not fit, ``window`` < 1, ``exact_up_to`` < ``2 · window``, or the map is ``softmax``.
     """
     _refuse_exact(feature_map, "near_far_attention")
     if window < 1:
         raise ValueError(f"window must be at least 1 token, got {window}; linear_attention has no window")
+    limit = exact_limit(window, exact_up_to)
     if gain is not None and gain.shape != (feature_map.num_heads,):
         raise ValueError(f"gain must be (H,) = {(feature_map.num_heads,)}, got {tuple(gain.shape)}")
     stream = partial(stream_near_far, feature_map=feature_map, window=window, gain=gain)
     exact = partial(_softmax, scale=scale, dropout_p=dropout_p)
 
     def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        if query.shape[2] <= 2 * window:
+        if query.shape[2] <= limit:
             return exact(query, key, value, mask)
         return _streamed(query, key, value, mask, stream=stream, scale=scale)
 
@@ -221,6 +226,7 @@ def near_far_attention_reference(
     *,
     feature_map: FeatureMap,
     window: int,
+    exact_up_to: int | None = None,
     gain: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
@@ -231,6 +237,8 @@ def near_far_attention_reference(
         far = far * gain.to(query.dtype).exp()[:, None, None]
     block = _token_indices(query, mask) // window
     near = (block[:, None, :, None] - block[:, None, None, :]).abs() <= 1
+    count = torch.tensor([query.shape[2]], device=query.device) if mask is None else mask.sum(dim=-1)
+    near = near | (count <= exact_limit(window, exact_up_to))[:, None, None, None]
     return _weighted_mean(torch.where(near, torch.exp(query @ key.transpose(-1, -2)), far), value, mask)
 
 
@@ -248,6 +256,21 @@ def local_attention_reference(
     index = _token_indices(query, mask)
     near = (index[:, None, :, None] - index[:, None, None, :]).abs() <= radius
     return _weighted_mean(torch.exp(query @ key.transpose(-1, -2)) * near, value, mask)
+
+
+def exact_limit(window: int, exact_up_to: int | None) -> int:
+    """Tokens of the longest texts without a far part.
+
+    Raises:
+        ValueError: If ``exact_up_to`` is less than two windows, or there is no window.
+    """
+    if exact_up_to is None:
+        return 2 * window
+    if not window:
+        raise ValueError(f"exact_up_to={exact_up_to} asks for a window: window=0 is linear at every length")
+    if exact_up_to < 2 * window:
+        raise ValueError(f"exact_up_to must be at least two windows, {2 * window} tokens, got {exact_up_to}")
+    return exact_up_to
 
 
 def _token_indices(query: Tensor, mask: Tensor | None) -> Tensor:

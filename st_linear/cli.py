@@ -151,6 +151,13 @@ def convert(
         typer.Option(help="Near window in tokens, the adapter's by default; 0 = purely linear."),
     ] = None,
     num_features: NumFeatures = None,
+    exact_up_to: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            help="Texts of at most so many tokens keep exact attention; the adapter's by default, 512 with --texts, "
+            "two windows without either."
+        ),
+    ] = None,
     max_seq_length: MaxLength = 8192,
     position_extension: Annotated[str, typer.Option(help="'tile', 'interpolate' or 'none'.")] = "tile",
     adapter: Annotated[
@@ -170,7 +177,7 @@ def convert(
     ] = None,
     train_lengths: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="Tokens of the passages that it trains on, comma-separated; 512,2048,4096 by default."),
+        typer.Option(help="Tokens of the passages that it trains on, comma-separated; 1024,2048,4096 by default."),
     ] = None,
     target: Annotated[
         Optional[str],  # noqa: UP045
@@ -184,7 +191,9 @@ def convert(
     ] = None,
     check_lengths: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="Tokens of the passages that it is measured on, comma-separated; 512,2048,8192 by default."),
+        typer.Option(
+            help="Tokens of the passages that it is measured on, comma-separated; 512,1024,2048,8192 by default."
+        ),
     ] = None,
     check_passages: Annotated[
         Optional[int],  # noqa: UP045
@@ -232,11 +241,14 @@ def convert(
         window = transfer.WINDOW if window is None else window
         if feature_map == transfer.FEATURE_MAP and num_features is None:
             num_features = transfer.NUM_FEATURES
+        if exact_up_to is None and window:
+            exact_up_to = max(transfer.EXACT_UP_TO, 2 * window)
     converted = st_linear.convert(
         model,
         feature_map=feature_map,
         feature_map_kwargs=_feature_map_kwargs(num_features),
         window=window,
+        exact_up_to=exact_up_to,
         max_seq_length=max_seq_length,
         position_extension=position_extension,
         adapter=adapter,
@@ -248,6 +260,7 @@ def convert(
         "output": str(output),
         "feature_map": encoder.feature_map,
         "window": encoder.window,
+        "exact_up_to": encoder.exact_up_to,
         "max_seq_length": converted.max_seq_length,
         "converted_layers": len(linear_attentions(converted)),
         "parameters": sum(parameter.numel() for parameter in converted.parameters()),
@@ -255,7 +268,7 @@ def convert(
     table = tables.two_columns(f"Converted {model}", result)
     checking = {}
     if other_texts is not None:
-        lengths = _lengths("512,2048,8192" if check_lengths is None else check_lengths)
+        lengths = _lengths("512,1024,2048,8192" if check_lengths is None else check_lengths)
         checking = transfer.cut_passages(
             other_texts, converted, lengths, 1000 if check_passages is None else check_passages
         )

@@ -18,7 +18,13 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv
 
-from st_linear.attention import linear_attention, local_attention, near_far_attention, softmax_attention
+from st_linear.attention import (
+    exact_limit,
+    linear_attention,
+    local_attention,
+    near_far_attention,
+    softmax_attention,
+)
 from st_linear.feature_maps import check_feature_map_options, feature_map_class, make_feature_map
 
 ATTENTION_IMPLEMENTATION = "st_linear"
@@ -72,6 +78,7 @@ class AttentionCall:
                 near_far_attention,
                 feature_map=attention.feature_map,
                 window=attention.window,
+                exact_up_to=attention.exact_up_to,
                 gain=attention.gain,
                 dropout_p=self.dropout_p,
             )
@@ -157,6 +164,7 @@ class LinearAttention(nn.Module):
         num_heads: H.
         head_dim: D.
         window: Near window in tokens; 0 = purely linear.
+        exact_up_to: Texts of at most so many tokens get softmax attention; None = two windows.
         seed: Seed of the model; the map's is a function of it and of ``layer``.
         layer: Index of the layer among all attention layers of the model.
         feature_map_kwargs: Options of the map.
@@ -169,6 +177,7 @@ class LinearAttention(nn.Module):
         head_dim: int,
         *,
         window: int,
+        exact_up_to: int | None,
         seed: int,
         layer: int,
         feature_map_kwargs: dict[str, Any] | None = None,
@@ -179,6 +188,7 @@ class LinearAttention(nn.Module):
             feature_map, num_heads, head_dim, seed=self._map_seed(seed), **(feature_map_kwargs or {})
         )
         self.window = window
+        self.exact_up_to = exact_limit(window, exact_up_to)
         self.gain = nn.Parameter(torch.zeros(num_heads)) if window else None
 
     def redraw(self, seed: int) -> None:
@@ -254,6 +264,7 @@ def check_settings(
     *,
     feature_map: str,
     window: int,
+    exact_up_to: int | None = None,
     exact_layers: Sequence[int] = (),
     seed: int = 0,
     feature_map_kwargs: dict[str, Any] | None = None,
@@ -261,6 +272,9 @@ def check_settings(
     """Raise a ValueError if an argument of :func:`linearise` is wrong for every model."""
     if not is_integer(window) or window < 0:
         raise ValueError(f"window must be a number of tokens >= 0 (0 = purely linear), got {window!r}")
+    if exact_up_to is not None and not is_integer(exact_up_to):
+        raise ValueError(f"exact_up_to must be a number of tokens, got {exact_up_to!r}")
+    exact_limit(window, exact_up_to)
     if not isinstance(exact_layers, Sequence) or not all(is_integer(layer) for layer in exact_layers):
         raise ValueError(f"exact_layers must be a list of layer indices, got {exact_layers!r}")
     if not is_integer(seed):
@@ -280,6 +294,7 @@ def linearise(
     *,
     feature_map: str,
     window: int,
+    exact_up_to: int | None = None,
     exact_layers: Sequence[int] = (),
     seed: int = 0,
     feature_map_kwargs: dict[str, Any] | None = None,
@@ -293,6 +308,7 @@ def linearise(
         model: A transformers encoder.
         feature_map: One of :func:`~st_linear.feature_maps.feature_map_names`; ``softmax`` keeps every layer exact.
         window: Near window in tokens; 0 = purely linear.
+        exact_up_to: Texts of at most so many tokens get softmax attention; None = two windows.
         exact_layers: Layers that keep softmax attention.
         seed: Random features are a function of it and of the layer.
         feature_map_kwargs: Options of the map.
@@ -303,6 +319,7 @@ def linearise(
     check_settings(
         feature_map=feature_map,
         window=window,
+        exact_up_to=exact_up_to,
         exact_layers=exact_layers,
         seed=seed,
         feature_map_kwargs=feature_map_kwargs,
@@ -323,6 +340,7 @@ def linearise(
             num_heads,
             head_dim,
             window=window,
+            exact_up_to=exact_up_to,
             seed=seed,
             layer=layer,
             feature_map_kwargs=feature_map_kwargs,

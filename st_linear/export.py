@@ -212,15 +212,21 @@ def _attend(call: AttentionCall) -> Tensor:
             return call.softmax()
         return _exact_within(call.radius + 1, call.scale, partial(traceable_local, radius=call.radius), *arguments)
     attention = call.linear_attention
-    feature_map, window, gain = attention.feature_map, attention.window, attention.gain
-    if not window:
+    feature_map, limit = attention.feature_map, attention.exact_up_to
+    if not attention.window:
         return traceable_linear(*arguments, feature_map=feature_map, scale=call.scale)
-    near_far = partial(traceable_near_far, feature_map=feature_map, window=window, gain=gain)
-    return _exact_within(2 * window, call.scale, near_far, *arguments)
+    near_far = partial(
+        traceable_near_far,
+        feature_map=feature_map,
+        window=attention.window,
+        exact_up_to=limit,
+        gain=attention.gain,
+    )
+    return _exact_within(limit, call.scale, near_far, *arguments)
 
 
 def _exact_within(limit: int, scale: float, attend: Callable[..., Tensor], *arguments: Tensor) -> Tensor:
-    """A branch in the graph: texts of up to ``limit`` tokens, all near each other, get softmax attention."""
+    """A branch in the graph: batches of up to ``limit`` tokens get softmax attention."""
 
     def dense(x: Tensor) -> Tensor:
         # Both branches must give the same strides, whatever those of the example are.

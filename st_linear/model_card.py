@@ -100,6 +100,8 @@ class LinearModelCardData(SentenceTransformerModelCardData):
             window = settings["window"]
             near = f"{window} tokens: exact within blocks of so many and their neighbours, linear beyond them"
             yield f"- **Window:** {near if window else 'none: linear throughout'}"
+            if window:
+                yield f"- **Exact:** texts of up to {encoder.exact_up_to:,} tokens"
         if settings["exact_layers"]:
             yield f"- **Layers with exact attention:** {', '.join(map(str, settings['exact_layers']))}"
         yield f"- **Positions:** `{settings['position_extension']}`, up to {settings['max_seq_length']:,} tokens"

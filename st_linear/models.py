@@ -33,7 +33,7 @@ def convert(model: str | SentenceTransformer, **settings: Any) -> SentenceTransf
     Args:
         model: Hub id, folder or loaded model. A loaded model is left as it was.
         **settings: As for :class:`LinearTransformer`: ``feature_map``, ``feature_map_kwargs``, ``window``,
-            ``exact_layers``, ``max_seq_length``, ``position_extension``, ``adapter``, ``seed``.
+            ``exact_up_to``, ``exact_layers``, ``max_seq_length``, ``position_extension``, ``adapter``, ``seed``.
 
     Returns:
         A new model. After ``save_pretrained``, load it with :func:`load`, or with

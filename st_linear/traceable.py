@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from st_linear.attention import exact_limit, softmax_attention
 from st_linear.feature_maps import ExponentialFeatureMap, FeatureMap
 from st_linear.near import LOG_ZERO, in_blocks, log_of, softmax_mean
 from st_linear.streaming import State, kernel_of, positions_of, state_offset, with_offset
@@ -40,12 +41,14 @@ def traceable_near_far(
     *,
     feature_map: FeatureMap,
     window: int,
+    exact_up_to: int | None = None,
     gain: Tensor | None,
     scale: float,
 ) -> Tensor:
     """:func:`~st_linear.attention.near_far_attention`. Memory O(B·H·T·(3·window + R + R·D / window))."""
     kernel = kernel_of(feature_map, query, scale)
-    length = query.shape[2]
+    length, limit = query.shape[2], exact_limit(window, exact_up_to)
+    exact = _of_short_texts(query, key, value, mask, limit, scale) if limit > 2 * window else None
     query, key, value = (_whole_blocks(x, window) for x in (query, key, value))
     token_mask = _whole_blocks(mask[:, None, :, None], window)
     blocks = query.shape[2] // window
@@ -61,7 +64,10 @@ def traceable_near_far(
     if gain is not None:
         log_factor = log_factor + gain[:, None, None, None]
     output = near.lerp(far, torch.sigmoid(far_log_weight + log_factor - near_log_weight))
-    return output.flatten(2, 3).masked_fill(~token_mask, 0).narrow(2, 0, length)
+    output = output.flatten(2, 3).masked_fill(~token_mask, 0).narrow(2, 0, length)
+    if exact is None:
+        return output
+    return torch.where((mask.sum(dim=-1) <= limit)[:, None, None, None], exact, output)
 
 
 def traceable_local(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, radius: int, scale: float) -> Tensor:
@@ -71,6 +77,15 @@ def traceable_local(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, 
     token_mask = _whole_blocks(mask[:, None, :, None], radius)
     output, _ = _near(query, key, value, token_mask, radius, scale, radius)
     return output.flatten(2, 3).masked_fill(~token_mask, 0).narrow(2, 0, length)
+
+
+def _of_short_texts(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, limit: int, scale: float) -> Tensor:
+    """Softmax attention of those texts that have at most ``limit`` tokens; of others, it holds anything."""
+    length = query.shape[2]
+    # Padded first, so that the part has a length that tracers know, whatever the whole has.
+    query, key, value = (F.pad(x, (0, 0, 0, limit)).narrow(2, 0, limit) for x in (query, key, value))
+    output = softmax_attention(query, key, value, F.pad(mask, (0, limit)).narrow(1, 0, limit), scale=scale)
+    return F.pad(output, (0, 0, 0, length)).narrow(2, 0, length)
 
 
 def _whole_blocks(x: Tensor, window: int) -> Tensor:

@@ -33,6 +33,9 @@ logger = logging.getLogger(__name__)
 FEATURE_MAP, NUM_FEATURES, WINDOW = "learned_favor", 128, 128
 """What wins in docs/conversion.md."""
 
+EXACT_UP_TO = 512
+"""Up to so many tokens softmax attention costs no more (docs/performance.md), and is what others come close to."""
+
 # Of the text, every so many-th block of passages is held out of training.
 _HELD_OUT_EVERY = 8
 _HELD_OUT_TOKENS = 16_384
@@ -59,7 +62,7 @@ class TransferSettings:
     """
 
     steps: int = 250
-    lengths: tuple[int, ...] = (512, 2048, 4096)
+    lengths: tuple[int, ...] = (1024, 2048, 4096)
     tokens_per_step: int = 4096
     learning_rate: float = 1e-2
     target: Target = "hidden"
@@ -108,7 +111,7 @@ def transfer(
     """
     settings = settings or TransferSettings()
     encoder: LinearTransformer = model[0]  # type: ignore[assignment]
-    _check_lengths(settings, encoder.window, model.max_seq_length)
+    _check_lengths(settings, encoder, model.max_seq_length)
     training, held_out = _passages(texts, model, settings.lengths)
     asked = {
         "settings": asdict(settings),
@@ -400,11 +403,17 @@ def _passages(
     return training, {length: evenly_spaced(some, max(1, _HELD_OUT_TOKENS // length)) for length, some in kept.items()}
 
 
-def _check_lengths(settings: TransferSettings, window: int, max_seq_length: int | None) -> None:
+def _check_lengths(settings: TransferSettings, encoder: LinearTransformer, max_seq_length: int | None) -> None:
+    # A passage may be shorter than its length by most of a word, and must still be longer than three windows.
+    least = 4 * encoder.window
     for length in settings.lengths:
-        # A passage may be shorter than its length by most of a word, and must still be longer than three windows.
-        if length < 4 * window:
-            raise ValueError(f"lengths must be at least four windows, {4 * window} tokens, got {length}")
+        if length < least:
+            raise ValueError(f"lengths must be at least four windows, {least} tokens, got {length}")
+        if length < encoder.exact_up_to + encoder.window:
+            raise ValueError(
+                f"lengths must be longer than exact_up_to={encoder.exact_up_to} by a window, got {length}: attention "
+                "is exact up to there, and has nothing to learn"
+            )
         if max_seq_length is not None and length > max_seq_length:
             raise ValueError(f"lengths must be at most max_seq_length={max_seq_length}, got {length}")
 

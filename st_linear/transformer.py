@@ -20,6 +20,7 @@ from transformers import DataCollatorWithFlattening, PreTrainedModel
 
 from st_linear.adapters import CONFIG_NAME, NO_ADAPTER, WEIGHTS_NAME, Adapter, bundled_adapter_for, write_adapter
 from st_linear.adapters import SETTINGS as ADAPTER_SETTINGS
+from st_linear.attention import exact_limit
 from st_linear.checkpoints import (
     hub_kwargs_of,
     one_line_if_missing,
@@ -62,7 +63,7 @@ class LinearTransformer(Transformer):
     """Sentence Transformers' ``Transformer`` with linear-time attention and a longer context.
 
     Attention to the near window is exact and attention beyond it is linear, under one normaliser: a text of at most
-    ``2 * window`` tokens gets the original model's vector, to rounding. Time and memory grow linearly with length.
+    ``exact_up_to`` tokens gets the original model's vector, to rounding. Time and memory grow linearly with length.
 
     Args:
         model_name_or_path: Hub id or folder of a bidirectional encoder, as for ``Transformer``.
@@ -71,6 +72,8 @@ class LinearTransformer(Transformer):
             ``"favor"`` without one.
         feature_map_kwargs: Options of the map, JSON values, e.g. ``{"num_features": 128}``.
         window: Near window in tokens; 0 = purely linear. That of the adapter by default, or 64 without one.
+        exact_up_to: Texts of at most so many tokens get softmax attention, whatever the window: short texts cost no
+            more that way. What the adapter says by default, or two windows, which is the least.
         exact_layers: Layers that keep softmax attention, counted from 0. None by default.
         max_seq_length: Texts are cut at this many tokens, with one warning that counts them.
         position_extension: How positions grow beyond the trained ones: ``"tile"`` leaves texts within the old limit
@@ -111,6 +114,7 @@ class LinearTransformer(Transformer):
         "feature_map",
         "feature_map_kwargs",
         "window",
+        "exact_up_to",
         "exact_layers",
         "max_seq_length",
         "position_extension",
@@ -124,6 +128,7 @@ class LinearTransformer(Transformer):
         feature_map: str | None = None,
         feature_map_kwargs: dict[str, Any] | None = None,
         window: int | None = None,
+        exact_up_to: int | None = None,
         exact_layers: Sequence[int] | None = None,
         max_seq_length: int | None = 8192,
         position_extension: PositionExtension = "tile",
@@ -135,6 +140,7 @@ class LinearTransformer(Transformer):
             "feature_map": feature_map,
             "feature_map_kwargs": feature_map_kwargs,
             "window": window,
+            "exact_up_to": exact_up_to,
             "exact_layers": exact_layers,
             "max_seq_length": max_seq_length,
             "position_extension": position_extension,
@@ -197,7 +203,8 @@ class LinearTransformer(Transformer):
             adapter = Adapter.load(source, **hub_kwargs)
             adapter.refuse_other_base(self.model)
         if adapter is not None:
-            settings |= adapter.settings_with(given)
+            own = adapter.settings_with(given)
+            settings |= own if settings["exact_up_to"] is None else {**own, "exact_up_to": settings["exact_up_to"]}
             logger.info("Linear attention as trained in adapter %s", adapter.source)
         self._linearise(**_with_defaults(settings))
         if adapter is not None:
@@ -210,6 +217,7 @@ class LinearTransformer(Transformer):
         feature_map: str,
         feature_map_kwargs: dict[str, Any] | None,
         window: int,
+        exact_up_to: int | None,
         exact_layers: Sequence[int],
         max_seq_length: int | None,
         position_extension: PositionExtension,
@@ -218,6 +226,7 @@ class LinearTransformer(Transformer):
         self.feature_map = feature_map
         self.feature_map_kwargs = feature_map_kwargs
         self.window = window
+        self.exact_up_to = exact_limit(window, exact_up_to)
         self.exact_layers = tuple(exact_layers)
         self.position_extension = position_extension
         self.seed = seed
@@ -233,6 +242,7 @@ class LinearTransformer(Transformer):
             self.model,
             feature_map=feature_map,
             window=window,
+            exact_up_to=exact_up_to,
             exact_layers=exact_layers,
             seed=seed,
             feature_map_kwargs=feature_map_kwargs,
@@ -446,7 +456,11 @@ class LinearTransformer(Transformer):
         return {"feature_map": self.feature_map, "window": str(self.window)}
 
     def get_config_dict(self) -> dict[str, Any]:
-        return {**super().get_config_dict(), "exact_layers": list(self.exact_layers)}
+        config = {**super().get_config_dict(), "exact_layers": list(self.exact_layers)}
+        if self.exact_up_to == 2 * self.window:
+            # The default goes without saying, as it did before there was a choice.
+            del config["exact_up_to"]
+        return config
 
     def __repr__(self) -> str:
         return f"LinearTransformer({dict(self.get_config_dict(), architecture=type(self.model).__name__)})"

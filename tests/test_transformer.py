@@ -711,7 +711,7 @@ class TestErrors:
             LinearTransformer(bert, backend="onnx")
 
     def test_an_unknown_setting_is_refused(self, base: str) -> None:
-        with refused("unknown setting 'windw'; choose among: feature_map, feature_map_kwargs, window, exact_layers, "):
+        with refused("unknown setting 'windw'; choose among: feature_map, feature_map_kwargs, window, exact_up_to, "):
             convert(base, windw=8)
 
     @pytest.mark.parametrize("function", [st_linear.load, convert, LinearTransformer])
