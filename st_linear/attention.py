@@ -131,7 +131,7 @@ def near_far_attention(
 ) -> Tensor:
     """Exact attention to near blocks and linear attention beyond, under one normaliser. Time O(T·(3·window + R)·D).
 
-    A text of at most ``exact_up_to`` tokens gets softmax attention.
+    A text of at most ``exact_up_to`` tokens gets softmax attention, in time O(T²·D).
 
     Args:
         query: (B, H, T, D), or (N, H, D) when packed.
@@ -170,7 +170,7 @@ def near_far_attention(
 
     # Padding counts as length only where what it costs is little: a batch of texts within two windows.
     takes_padding = query.ndim == 4 and query.shape[2] <= 2 * window
-    return _run(attend, query, key, value, attention_mask, cu_seqlens, takes_padding=takes_padding)
+    return _run(attend, query, key, value, attention_mask, cu_seqlens, takes_padding=takes_padding, exact=limit)
 
 
 def local_attention(
@@ -264,7 +264,7 @@ def exact_limit(window: int, exact_up_to: int | None) -> int:
     Raises:
         ValueError: If ``exact_up_to`` is less than two windows, or there is no window.
     """
-    if exact_up_to is None:
+    if exact_up_to is None or exact_up_to == 2 * window:
         return 2 * window
     if not window:
         raise ValueError(f"exact_up_to={exact_up_to} asks for a window: window=0 is linear at every length")
@@ -321,12 +321,14 @@ def _run(
     cu_seqlens: Tensor | None,
     *,
     takes_padding: bool = False,
+    exact: int = 0,
     packed: Packed | None = None,
 ) -> Tensor:
     """Check shapes and hand the texts to ``attend``, (B, H, T, D) with a bool mask (B, T) or None.
 
-    Padding is left out, so that all masks mean slots on the right, unless ``attend`` takes it as it is. ``packed``, if
-    any, is for texts one behind the other, (N, H, D) with their lengths, and stands in for ``attend`` altogether.
+    Padding is left out, so that all masks mean slots on the right, unless ``attend`` takes it as it is. Texts of at
+    most ``exact`` tokens are handed over apart from longer ones. ``packed``, if any, is for texts one behind the
+    other, (N, H, D) with their lengths, and stands in for ``attend`` altogether.
     """
     ndim = 4 if cu_seqlens is None else 3
     if query.ndim != ndim or not query.shape == key.shape == value.shape:
@@ -344,7 +346,7 @@ def _run(
         raise ValueError(f"attention_mask must be (B, T) = {expected}, got {tuple(attention_mask.shape)}")
     if 0 in query.shape:
         return query.clone()
-    pack = packed or partial(_packed, attend)
+    pack = packed or partial(_packed, attend, exact)
     with torch.autocast(query.device.type, enabled=False):
         if cu_seqlens is not None:
             return pack(query, key, value, cu_seqlens.diff().tolist())
@@ -383,11 +385,12 @@ def _fused_linear(query: Tensor, feature_map: FeatureMap, scale: float | None) -
     return attend
 
 
-def _packed(attend: Attention, query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
+def _packed(attend: Attention, exact: int, query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
     """``attend`` to texts one behind the other, (N, H, D).
 
     Long texts are taken one by one, as they lie. Runs of short ones are put side by side with others of like length
-    (within a power of two, so padding stays below half): a loop over them would cost more than that.
+    (within a power of two, so padding stays below half): a loop over them would cost more than that. None of at most
+    ``exact`` tokens stands beside a longer one.
     """
     runs: list[list[int]] = []
     for length in lengths:
@@ -401,17 +404,19 @@ def _packed(attend: Attention, query: Tensor, key: Tensor, value: Tensor, length
         if len(run) == 1 and run[0]:
             outputs.append(attend(*(x.transpose(0, 1)[None] for x in (q, k, v)), None)[0].transpose(0, 1))
         else:
-            outputs.append(_side_by_side(attend, q, k, v, run))
+            outputs.append(_side_by_side(attend, exact, q, k, v, run))
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
-def _side_by_side(attend: Attention, query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
+def _side_by_side(
+    attend: Attention, exact: int, query: Tensor, key: Tensor, value: Tensor, lengths: list[int]
+) -> Tensor:
     length = torch.tensor(lengths, device=query.device)
     start = length.cumsum(0) - length
-    groups: dict[int, list[int]] = {}
+    groups: dict[tuple[int, bool], list[int]] = {}
     for text, n in enumerate(lengths):
         if n:
-            groups.setdefault((n - 1).bit_length(), []).append(text)
+            groups.setdefault(((n - 1).bit_length(), n <= exact), []).append(text)
     outputs, slots = [], []
     for texts in groups.values():
         step = torch.arange(max(lengths[text] for text in texts), device=query.device)

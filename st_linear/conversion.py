@@ -272,8 +272,7 @@ def check_settings(
     """Raise a ValueError if an argument of :func:`linearise` is wrong for every model."""
     if not is_integer(window) or window < 0:
         raise ValueError(f"window must be a number of tokens >= 0 (0 = purely linear), got {window!r}")
-    if exact_up_to is not None and not is_integer(exact_up_to):
-        raise ValueError(f"exact_up_to must be a number of tokens, got {exact_up_to!r}")
+    check_exact_up_to(exact_up_to)
     exact_limit(window, exact_up_to)
     if not isinstance(exact_layers, Sequence) or not all(is_integer(layer) for layer in exact_layers):
         raise ValueError(f"exact_layers must be a list of layer indices, got {exact_layers!r}")
@@ -282,6 +281,12 @@ def check_settings(
     if not isinstance(feature_map_kwargs, dict | None):
         raise ValueError(f"feature_map_kwargs must be a dictionary of options, got {feature_map_kwargs!r}")
     check_feature_map_options(feature_map, feature_map_kwargs or {})
+
+
+def check_exact_up_to(exact_up_to: Any) -> None:
+    """Raise a ValueError if it is no number of tokens, whatever the window."""
+    if exact_up_to is not None and not (is_integer(exact_up_to) and 0 <= exact_up_to < 2**31):
+        raise ValueError(f"exact_up_to must be a number of tokens, got {exact_up_to!r}")
 
 
 def is_integer(value: Any) -> bool:

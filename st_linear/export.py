@@ -128,6 +128,10 @@ class _Graph(nn.Module):
         # A sliding layer has blocks as near/far attention does.
         radii = [call.radius or 0 for call in attention_calls(self.encoder)]
         self.block = max(encoder.window, *radii)
+        self.checked = set(CHECKED_LENGTHS)
+        if encoder.exact_up_to > 2 * encoder.window:
+            # The shorter of two texts is exact beside a longer one that is not.
+            self.checked.add(encoder.exact_up_to * 5 // 4)
         self.inputs = list(encoder.tokenizer(["a"]).keys())
         if encoder.squeezes_positions():
             self.inputs.append("position_ids")
@@ -178,7 +182,7 @@ class _Graph(nn.Module):
     def differences(self, exported: ExportedEncoder) -> dict[int, float]:
         """Largest difference of a token's embedding, by number of tokens: of two texts, one of them shorter."""
         found = {}
-        for length in sorted({min(length, self.limit) for length in CHECKED_LENGTHS}):
+        for length in sorted({min(length, self.limit) for length in self.checked}):
             example = self._example(2, length)
             tokens = example["attention_mask"].bool()
             with torch.no_grad():

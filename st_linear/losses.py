@@ -364,7 +364,7 @@ class AttentionTransferLoss(nn.Module):
         return error + self._no_gradient()
 
     def _no_gradient(self) -> Tensor:
-        """Nought. Where every text fits in the window no map was used: its gradient is zero then, not missing."""
+        """Nought. Where every text is exact no map was used: its gradient is zero then, not missing."""
         return 0 * sum(
             (parameter.sum() for parameter in self._maps), start=torch.zeros((), device=self._student[0].device)
         )

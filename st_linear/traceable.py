@@ -45,7 +45,11 @@ def traceable_near_far(
     gain: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """:func:`~st_linear.attention.near_far_attention`. Memory O(B·H·T·(3·window + R + R·D / window))."""
+    """:func:`~st_linear.attention.near_far_attention`. Memory O(B·H·T·(3·window + R + R·D / window)).
+
+    Where ``exact_up_to`` is more than two windows, that many tokens of every text are attended to exactly besides, as
+    a short text may stand beside long ones: O(B·H·exact_up_to²) more.
+    """
     kernel = kernel_of(feature_map, query, scale)
     length, limit = query.shape[2], exact_limit(window, exact_up_to)
     exact = _of_short_texts(query, key, value, mask, limit, scale) if limit > 2 * window else None

@@ -33,6 +33,7 @@ from st_linear.checkpoints import (
 from st_linear.conversion import (
     ATTENTION_IMPLEMENTATION,
     accepts_packed_inputs,
+    check_exact_up_to,
     check_settings,
     is_integer,
     linear_attentions,
@@ -478,7 +479,10 @@ def _with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _check_settings(max_seq_length: Any, position_extension: str, **settings: Any) -> None:
     """Refuse bad settings before a model is loaded for them."""
-    check_settings(**_with_defaults(settings))
+    check_exact_up_to(settings["exact_up_to"])
+    # How many tokens two windows are, an adapter may have to say first.
+    known = settings if settings["window"] is not None else {**settings, "exact_up_to": None}
+    check_settings(**_with_defaults(known))
     check_position_extension(position_extension)
     if max_seq_length is not None and (not is_integer(max_seq_length) or max_seq_length < 1):
         raise ValueError(f"max_seq_length must be a positive number of tokens, got {max_seq_length!r}")

@@ -62,6 +62,13 @@ class TestSettings:
         model = convert(bert, adapter=adapter, max_seq_length=300, position_extension="interpolate")
         assert model.max_seq_length == 300
 
+    def test_how_long_a_text_is_exact_is_the_callers_to_say(self, bert: str, adapter: str, tmp_path: Path) -> None:
+        assert Adapter.load(adapter).settings["exact_up_to"] is None
+        model = convert(bert, adapter=adapter, exact_up_to=40)
+        export_adapter(model[0], tmp_path)
+        limits = [convert(bert, adapter=str(tmp_path), exact_up_to=limit)[0].exact_up_to for limit in (None, 16, 64)]
+        assert (model[0].exact_up_to, *limits) == (40, 40, 16, 64)
+
     def test_those_given_may_agree(self, bert: str, adapter: str) -> None:
         encoder = LinearTransformer(bert, adapter=adapter, exact_layers=(), **OWN)
         assert_close(split_state_dict(encoder.model)[1], learned(load(adapter)), rtol=0, atol=0)
@@ -161,20 +168,23 @@ class TestAllMiniLM:
         assert bundled_adapters() == ["all-MiniLM-L6-v2"]
         adapter = Adapter.load("all-MiniLM-L6-v2")
         assert adapted_minilm[0].training_record == adapter.training
-        assert (adapted_minilm[0].feature_map, adapted_minilm[0].window) == ("learned_favor", 128)
+        encoder = adapted_minilm[0]
+        assert (encoder.feature_map, encoder.window, encoder.exact_up_to) == ("learned_favor", 128, 512)
         assert sum(path.stat().st_size for path in Path(adapter.weights).parent.iterdir()) <= 2 * 2**20
 
-    def test_texts_within_two_windows_keep_their_vectors(
+    def test_texts_that_the_original_reads_keep_their_vectors(
         self, adapted_minilm: SentenceTransformer, minilm: str
     ) -> None:
         original = SentenceTransformer(minilm)
-        texts = ["A plane is taking off.", "The bridge was closed after the storm. " * 25]
+        original.max_seq_length = 512
+        texts = ["A plane is taking off.", *("The bridge was closed after the storm. " * n for n in (25, 60, 63))]
+        counts = [len(ids) for ids in original.tokenizer(texts)["input_ids"]]
+        assert 2 * 128 < counts[2] < counts[3] <= 512
         assert_close(adapted_minilm.encode(texts), original.encode(texts), rtol=0, atol=1e-5)
 
     @pytest.mark.parametrize(("length", "least"), [(512, 0.98), slow(2048, 0.95)])
-    def test_long_texts_come_close(
-        self, adapted_minilm: SentenceTransformer, minilm: str, length: int, least: float
-    ) -> None:
+    def test_long_texts_come_close(self, minilm: str, length: int, least: float) -> None:
+        adapted_minilm = convert(minilm, exact_up_to=256)
         sentences = training_sentences(load_pairs("sample", "train"))
         texts = passages(" ".join(sentences), adapted_minilm.tokenizer, length)[:3]
         softmax = convert(minilm, feature_map="softmax")

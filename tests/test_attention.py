@@ -426,11 +426,15 @@ def test_packed_texts_do_not_see_each_other(name: str) -> None:
         assert_close(new[others], old[others])
 
 
+@pytest.mark.parametrize(("exact_up_to", "lengths"), [(None, (8, 5, 30, 1)), (8, (8, 5, 30, 1)), (20, (20, 9, 21, 1))])
 @pytest.mark.parametrize("padding", ["right", "left"])
 @pytest.mark.parametrize("name", MAPS)
-def test_near_far_is_softmax_up_to_two_windows(name: str, padding: str) -> None:
-    window, lengths, slots = 4, (8, 5, 30, 1), 30
+def test_near_far_is_softmax_up_to_a_limit(
+    name: str, padding: str, exact_up_to: int | None, lengths: tuple[int, ...]
+) -> None:
+    window, slots = 4, 30
     form = make_form(f"near_far:{name}", size=window)
+    form = form._replace(attend=partial(form.attend, exact_up_to=exact_up_to))
     inputs = make_inputs(len(lengths), H, slots, D)
     mask = torch.arange(slots) < torch.tensor(lengths)[:, None]
     if padding == "left":
@@ -496,13 +500,14 @@ def test_logits_whose_weights_all_underflow_stay_finite(name: str) -> None:
     assert actual.output.abs().max() <= inputs[2].abs().max() * (1 + TOLERANCES[torch.float32].output)
 
 
-def test_dropout_of_near_far_is_softmax_attentions_up_to_two_windows_and_none_beyond() -> None:
+def test_dropout_of_near_far_is_softmax_attentions_where_texts_are_exact_and_none_beyond() -> None:
     feature_map = make_feature_map("elu", H, D)
     query, key, value = make_inputs(2, H, 8, D)[:3]
 
-    def attend(window: int, dropout_p: float) -> Tensor:
+    def attend(window: int, dropout_p: float, exact_up_to: int | None = None) -> Tensor:
         torch.manual_seed(0)
-        return near_far_attention(query, key, value, feature_map=feature_map, window=window, dropout_p=dropout_p)
+        options = {"window": window, "exact_up_to": exact_up_to, "dropout_p": dropout_p}
+        return near_far_attention(query, key, value, feature_map=feature_map, **options)
 
     with torch.random.fork_rng(devices=[]):
         dropped = attend(4, 0.5)
@@ -510,6 +515,7 @@ def test_dropout_of_near_far_is_softmax_attentions_up_to_two_windows_and_none_be
         assert_close(dropped, softmax_attention(query, key, value, dropout_p=0.5), rtol=0, atol=0)
         assert (dropped != attend(4, 0.0)).any()
         assert_close(attend(2, 0.5), attend(2, 0.0), rtol=0, atol=0)
+        assert_close(attend(2, 0.5, 8), dropped, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ["softmax", "local", "linear:elu", "near_far:elu"])
@@ -586,6 +592,10 @@ def test_what_does_not_fit_is_refused(
         (
             partial(near_far_attention, feature_map=make_feature_map("elu", H, D), window=-4),
             "window must be at least 1 token, got -4; linear_attention has no window",
+        ),
+        (
+            partial(near_far_attention, feature_map=make_feature_map("elu", H, D), window=4, exact_up_to=7),
+            "exact_up_to must be at least two windows, 8 tokens, got 7",
         ),
         (partial(local_attention, radius=0), "radius must be at least 1 token, got 0"),
         (

@@ -179,7 +179,7 @@ class TestExport:
 class TestTrainedConversion:
     LINE = (
         "convert bert out --texts book.txt --steps 6 --train-lengths 48,96 --window 8 --num-features 12 "
-        "--check-texts book.txt --check-lengths 40 --check-passages 5"
+        "--exact-up-to 16 --check-texts book.txt --check-lengths 40 --check-passages 5"
     )
 
     @pytest.fixture(autouse=True)
@@ -187,12 +187,22 @@ class TestTrainedConversion:
         draw = random.Random(0)
         (place / "book.txt").write_text("\n".join(" ".join(draw.choices(WORDS, k=20)) for _ in range(150)))
 
+    def test_texts_up_to_512_tokens_are_exact_by_default(
+        self, run: Callable[..., tuple[int, str, str]], place: Path
+    ) -> None:
+        code, _, err = run(self.LINE.replace("--exact-up-to 16 ", ""))
+        assert code == 2
+        assert one_line_error(err) == (
+            "Error: lengths must be longer than exact_up_to=512 by a window, got 48: attention is exact up to there, "
+            "and has nothing to learn"
+        )
+
     def test_json_and_the_adapter_that_it_makes(self, run: Callable[..., tuple[int, str, str]], place: Path) -> None:
         before = files(place)
         code, out, _ = run(f"{self.LINE} --json --export-adapter small")
         assert code == 0
         result = json.loads(out)
-        assert (result["feature_map"], result["window"]) == ("learned_favor", 8)
+        assert (result["feature_map"], result["window"], result["exact_up_to"]) == ("learned_favor", 8, 16)
         assert result["training"]["steps"] == 6
         assert result["training"]["settings"]["lengths"] == [48, 96]
         assert result["fidelity"]["figures"]["40"]["n"] == 5

@@ -76,9 +76,19 @@ def test_rows_of_speed_stand_in_those_tables(page: str) -> None:
     assert [line for line in quoted if line not in tables] == []
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/conversion.md"])
-def test_rows_of_fidelity_are_made_from_the_record(page: str) -> None:
-    record = json.loads((RESULTS / "conversion" / "all-MiniLM-L6-v2.json").read_text(encoding="utf-8"))
+@pytest.mark.parametrize(
+    ("page", "name", "exact_up_to"),
+    [
+        ("README.md", "all-MiniLM-L6-v2", 512),
+        ("docs/conversion.md", "all-MiniLM-L6-v2", 512),
+        ("docs/conversion.md", "far-from-256", 256),
+        ("docs/conversion.md", "1000-passages", 512),
+    ],
+)
+def test_rows_of_fidelity_are_made_from_the_records(page: str, name: str, exact_up_to: int) -> None:
+    record = json.loads((RESULTS / "conversion" / f"{name}.json").read_text(encoding="utf-8"))
+    # The oldest record is of a time when there was no choice.
+    assert record.get("exact_up_to", 2 * record["window"]) == exact_up_to
     text = (ROOT / page).read_text(encoding="utf-8")
     for length, figures in record["fidelity"]["figures"].items():
         cells = [f"{int(length):,} tokens", f"{figures['n']:.0f}"]

@@ -79,6 +79,8 @@ class Case(NamedTuple):
     shape: tuple[int, int, int, int]
     size: int
     """The window or the radius."""
+    beyond: int
+    """Tokens beyond two windows up to which a text is exact."""
     scale: float | None
     lengths: list[int]
     padding: str
@@ -114,6 +116,7 @@ def cases(draw: st.DrawFn) -> Case:
         num_features=2 * draw(st.integers(1, 20)),
         shape=(batch, heads, length, draw(st.integers(1, 12) | st.integers(13, 48))),
         size=size,
+        beyond=draw(st.sampled_from([0, 0, 1, 5, 40])),
         scale=draw(st.none() | st.floats(0.05, 0.5)),
         lengths=draw(st.lists(st.integers(0, length), min_size=batch, max_size=batch)),
         padding=padding,
@@ -145,6 +148,8 @@ def form_of(case: Case, dtype: torch.dtype, device: str) -> Form:
         if case.kind == "near_far":
             gain = randn(case.shape[1], seed=case.seed, dtype=torch.float32) / 2
             options |= {"window": case.size, "gain": gain.to(device, dtype).requires_grad_()}
+            if case.beyond:
+                options["exact_up_to"] = 2 * case.size + case.beyond
             parameters.append(options["gain"])
     return Form(partial(attend, **options), partial(reference, **options), parameters, options)
 
@@ -278,6 +283,7 @@ TINY_WEIGHTS = Case(
     num_features=2,
     shape=(2, 1, 1, 3),
     size=1,
+    beyond=0,
     scale=0.29746153808163817,
     lengths=[0, 0],
     padding="none",

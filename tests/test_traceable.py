@@ -39,14 +39,16 @@ def test_linear(name: str, length: int) -> None:
     torch.testing.assert_close(traceable_linear(*texts, mask, feature_map=feature_map, scale=SCALE), expected)
 
 
+@pytest.mark.parametrize("exact_up_to", [None, 15, 40])
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("name", MAPS)
 @torch.no_grad()
-def test_near_far(name: str, length: int) -> None:
+def test_near_far(name: str, length: int, exact_up_to: int | None) -> None:
     *texts, mask = batch(length)
     options = {
         "feature_map": make_feature_map(name, HEADS, HEAD_DIM, seed=1).double(),
         "window": WINDOW,
+        "exact_up_to": exact_up_to,
         "gain": torch.tensor([0.5, -1.0], dtype=torch.float64),
     }
     expected = near_far_attention_reference(*texts, mask, **options)

@@ -217,6 +217,13 @@ class TestTransfer:
         with refused(message):
             run(model, book, tmp_path / "training", **changes)
 
+    def test_lengths_at_which_attention_is_exact_are_refused(
+        self, bert: str, book: dict[str, str], tmp_path: Path
+    ) -> None:
+        model = convert(bert, **CONVERSION, exact_up_to=64)
+        with refused("lengths must be longer than exact_up_to=64 by a window, got 48: attention is exact up to there"):
+            run(model, book, tmp_path / "training")
+
     def test_too_little_text_is_refused(self, model: SentenceTransformer, tmp_path: Path) -> None:
         with refused("the texts come to 4 passages of 96 tokens: at least 8 are needed"):
             run(model, {"a": " ".join(WORDS[:1] * 400)}, tmp_path / "training")

@@ -372,6 +372,23 @@ class TestSaving:
         expected = {**SETTINGS, "feature_map": "favor", "exact_layers": [], "position_extension": "tile", "seed": 0}
         assert {name: settings[name] for name in expected} == expected
 
+    def test_how_long_a_text_is_exact_is_saved(
+        self, bert: str, texts: list[str], text: Callable, tmp_path: Path
+    ) -> None:
+        model, plain = (convert(bert, window=8, exact_up_to=limit, max_seq_length=200) for limit in (50, None))
+        softmax = convert(bert, feature_map="softmax", max_seq_length=200)
+        model.save_pretrained(str(tmp_path / "model"))
+        plain.save_pretrained(str(tmp_path / "plain"))
+        for loaded in (model, st_linear.load(str(tmp_path / "model"))):
+            assert loaded[0].exact_up_to == 50
+            vectors = loaded.encode([text(50), text(51), text(9)])
+            expected = softmax.encode([text(50), text(51), text(9)])
+            close = np.abs(vectors - expected).max(axis=1) < 1e-5
+            assert close.tolist() == [True, False, True]
+        # Folders that say nothing, as all did before there was a choice, mean two windows.
+        assert "exact_up_to" not in json.loads((tmp_path / "plain" / "sentence_bert_config.json").read_text("utf-8"))
+        assert st_linear.load(str(tmp_path / "plain"))[0].exact_up_to == 16
+
     def test_the_root_is_a_plain_transformers_checkpoint(self, family: str, text: Callable, tmp_path: Path) -> None:
         model = SentenceTransformer(modules=[LinearTransformer(family, **SETTINGS)])
         model.save_pretrained(str(tmp_path))
@@ -681,6 +698,15 @@ class TestErrors:
             ({"window": -1}, "window must be a number of tokens >= 0 (0 = purely linear), got -1"),
             ({"window": 1.5}, "window must be a number of tokens >= 0 (0 = purely linear), got 1.5"),
             ({"window": True}, "window must be a number of tokens >= 0 (0 = purely linear), got True"),
+            ({"exact_up_to": 100}, "exact_up_to must be at least two windows, 128 tokens, got 100"),
+            ({"exact_up_to": 512.0}, "exact_up_to must be a number of tokens, got 512.0"),
+            ({"exact_up_to": "512"}, "exact_up_to must be a number of tokens, got '512'"),
+            ({"exact_up_to": True}, "exact_up_to must be a number of tokens, got True"),
+            ({"exact_up_to": 10**30}, f"exact_up_to must be a number of tokens, got {10**30}"),
+            (
+                {"exact_up_to": 512, "window": 0},
+                "exact_up_to=512 asks for a window: window=0 is linear at every length",
+            ),
             ({"exact_layers": [2]}, "exact_layers must lie in 0..1, got 2"),
             ({"exact_layers": 1}, "exact_layers must be a list of layer indices, got 1"),
             ({"max_seq_length": 0}, "max_seq_length must be a positive number of tokens, got 0"),
@@ -771,6 +797,7 @@ class TestModelCard:
         settings = st_linear.load(str(saved))[0].get_config_dict()
         assert f"- **Feature map:** `{settings['feature_map']}`" in section
         assert f"- **Window:** {settings['window']} tokens: exact within blocks" in section
+        assert f"- **Exact:** texts of up to {2 * settings['window']} tokens" in section
         assert f"up to {settings['max_seq_length']:,} tokens" in section
         assert "### Full Model Architecture" in card
         assert "{{" not in card

@@ -7,8 +7,8 @@ per layer and head:
 - the common part, of an encoder that does not attend: every ``nn.Linear``, ``2 · in · out`` a token
 - softmax: ``4 T² D``, queries with keys, and weights with values
 - linear: ``4 T R D + 2 T R``, the state, its reading and the normaliser; and what the feature map multiplies
-- near/far: ``4 D`` for every pair of tokens in the same or in neighbouring blocks, and the linear part where a text is
-  longer than two windows
+- near/far: ``4 D`` for every pair of tokens in the same or in neighbouring blocks, and the linear part; softmax where
+  a text is no longer than ``exact_up_to``, two windows as a rule
 
 A training step is three forward passes: each product has two in its gradient. What an implementation computes twice to
 save memory is not counted again, so these are operations of the mathematics.
@@ -44,6 +44,7 @@ class Layer:
     num_features: int = 0
     map_operations: float = 0.0
     window: int = 0
+    exact_up_to: int = 0
     sliding_window: int | None = None
 
     def operations(self, tokens: int) -> float:
@@ -57,8 +58,9 @@ class Layer:
         linear = tokens * (self.map_operations + self.num_heads * self.num_features * (4 * self.head_dim + 2))
         if not self.window:
             return linear
-        near = per_pair * near_pairs(tokens, self.window)
-        return near if tokens <= 2 * self.window else near + linear
+        if tokens <= self.exact_up_to:
+            return per_pair * tokens**2
+        return per_pair * near_pairs(tokens, self.window) + linear
 
 
 @dataclass(frozen=True)
@@ -155,4 +157,11 @@ def _layer(call: AttentionCall) -> Layer:
     attention: Any = call.module.linear_attention
     assert isinstance(attention, LinearAttention)
     feature_map = attention.feature_map
-    return Layer(heads, size, feature_map.num_features, map_operations(feature_map), attention.window)
+    return Layer(
+        num_heads=heads,
+        head_dim=size,
+        num_features=feature_map.num_features,
+        map_operations=map_operations(feature_map),
+        window=attention.window,
+        exact_up_to=attention.exact_up_to,
+    )
