@@ -97,6 +97,14 @@ def test_rows_of_fidelity_are_made_from_the_records(page: str, name: str, exact_
         assert f"| of {' | '.join(cells)} |" in text
 
 
+def test_neighbours_among_a_thousand_passages_are_those_of_the_record() -> None:
+    path = RESULTS / "conversion" / "far-from-256-1000-passages.json"
+    figures = json.loads(path.read_text(encoding="utf-8"))["fidelity"]["figures"]["512"]
+    page = (ROOT / "docs" / "conversion.md").read_text(encoding="utf-8")
+    shared = f"{100 * figures['neighbours_10']:.1f} % of neighbours are shared among {figures['n']:,.0f} passages"
+    assert shared in page
+
+
 @pytest.mark.parametrize("model", ["softmax", "near-far"])
 def test_figures_of_mteb_are_those_of_its_files(model: str) -> None:
     (folder,) = (RESULTS / "mteb" / "results" / f"local__{model}").iterdir()
