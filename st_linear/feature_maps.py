@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -147,12 +147,14 @@ class FeatureMap(nn.Module):
         """Draw random features anew from ``seed``. Maps without any keep what they learned."""
         self.seed = seed
 
-    def calibrate(self, query: Tensor, key: Tensor, *, window: int, generator: torch.Generator) -> None:
+    def calibrate(
+        self, queries: Sequence[Tensor], keys: Sequence[Tensor], *, window: int, generator: torch.Generator
+    ) -> None:
         """Start where attention is, before training; most maps need not.
 
         Args:
-            query: (B, H, T, D), those of some texts of one length.
-            key: As query.
+            queries: Of some texts, (H, T, D) each.
+            keys: As queries.
             window: Near window in tokens: pairs in the same or in neighbouring blocks are not the map's.
             generator: Of what is drawn, on the CPU.
         """
@@ -388,7 +390,9 @@ class LearnedFavor(ExponentialFeatureMap):
         return self.bias
 
     @torch.no_grad()
-    def calibrate(self, query: Tensor, key: Tensor, *, window: int, generator: torch.Generator) -> None:
+    def calibrate(
+        self, queries: Sequence[Tensor], keys: Sequence[Tensor], *, window: int, generator: torch.Generator
+    ) -> None:
         """Draw the rows anew, from where attention looks.
 
         FAVOR+ rests on ``exp(q·k) = E_w[exp(w·q - |q|²/2) exp(w·k - |k|²/2)]`` with w ~ N(0, I). What is averaged is
@@ -401,24 +405,32 @@ class LearnedFavor(ExponentialFeatureMap):
         Raises:
             ValueError: If some token has no far token.
         """
-        texts, heads, length, head_dim = query.shape
-        if length <= 3 * window:
-            raise ValueError(f"window={window} leaves some of {length} tokens no far token: pass longer texts")
-        query, key = query.float().cpu(), key.float().cpu()
-        block = torch.arange(length) // max(window, 1)
-        for head in range(heads):
-            centres = []
-            for q, k in zip(query[:, head], key[:, head]):
-                rows = torch.randint(length, (_CALIBRATION_PAIRS // texts,), generator=generator)
-                near = (block[rows, None] - block).abs() <= 1 if window else torch.zeros((), dtype=torch.bool)
-                weights = (q[rows] @ k.T).masked_fill(near, -math.inf).softmax(dim=-1)
-                centres.append(q[rows] + k[weights.multinomial(1, generator=generator)[:, 0]])
-            centre = torch.cat(centres)
+        each = math.ceil(_CALIBRATION_PAIRS / len(queries))
+        centres = torch.cat(
+            [_attended_sums(q, k, each, window, generator) for q, k in zip(queries, keys, strict=True)], dim=1
+        )
+        for head, centre in enumerate(centres):
             picked = torch.randint(len(centre), (self.num_features,), generator=generator)
-            w = centre[picked] + torch.randn(self.num_features, head_dim, generator=generator)
+            w = centre[picked] + torch.randn(self.num_features, self.head_dim, generator=generator)
             log_p = torch.cdist(w, centre).square().div(-2).logsumexp(dim=-1) - math.log(len(centre))
             self.query_weight[head] = self.key_weight[head] = w.to(self.query_weight)
             self.bias[head, 0] = (w.square().sum(dim=-1) / -2 - log_p).to(self.bias)
+
+
+def _attended_sums(query: Tensor, key: Tensor, count: int, window: int, generator: torch.Generator) -> Tensor:
+    """``q_i + k_j`` of pairs of far tokens of one text, i drawn evenly and j as attention picks it: (H, count, D)."""
+    length = query.shape[1]
+    if length <= 3 * window:
+        raise ValueError(f"window={window} leaves some of {length} tokens no far token: pass longer texts")
+    query, key = query.float().cpu(), key.float().cpu()
+    block = torch.arange(length) // max(window, 1)
+    sums = []
+    for q, k in zip(query, key):
+        rows = torch.randint(length, (count,), generator=generator)
+        near = (block[rows, None] - block).abs() <= 1 if window else torch.zeros((), dtype=torch.bool)
+        weights = (q[rows] @ k.T).masked_fill(near, -math.inf).softmax(dim=-1)
+        sums.append(q[rows] + k[weights.multinomial(1, generator=generator)[:, 0]])
+    return torch.stack(sums)
 
 
 class LearnedProjection(nn.Module):

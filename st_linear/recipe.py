@@ -51,7 +51,7 @@ from st_linear.teachers import (
     train_teacher,
 )
 from st_linear.training import Curve, distil_pairs, training_arguments
-from st_linear.transfer import run_trainer
+from st_linear.transfer import calibrate, run_trainer
 
 logger = logging.getLogger(__name__)
 
@@ -386,21 +386,23 @@ def transfer_model(
     """Attention transfer as the student asks for it: its maps on long texts, or all of it on the sentences."""
     if student.transfer == "none":
         return
-    steps = -1
+    texts, batch_size, steps = list(sentences), settings.batch_size, -1
     if student.transfer == "maps":
-        texts, batch_size = long_texts(model, sentences, student.window, settings), 4
-        steps = settings.transfer_steps
-    else:
-        texts, batch_size = list(sentences), settings.batch_size
-    loss = AttentionTransferLoss(model, train=student.transfer)
-    rates = {r"linear_attention\.": settings.maps_learning_rate / (1 if student.transfer == "maps" else 10)}
+        texts, batch_size, steps = long_texts(model, sentences, student.window, settings), 4, settings.transfer_steps
+    if student.transfer == "maps" or not student.window:  # sentences have no far tokens
+        calibrate(model[0], texts, seed=settings.seed)  # type: ignore[arg-type]
+    whole = student.transfer == "all"
+    loss = AttentionTransferLoss(model, train=student.transfer, pooled=10 if whole else 0)
+    rates = {r"linear_attention\.": settings.maps_learning_rate * (0.3 if whole else 1)}
     arguments = training_arguments(
         output,
         settings,
         per_device_train_batch_size=batch_size,
         num_train_epochs=settings.transfer_epochs,
         max_steps=steps,
-        learning_rate=1e-4,
+        learning_rate=2e-4,
+        lr_scheduler_type="cosine",
+        adam_beta2=0.99,
         learning_rate_mapping=rates if _has_maps(model) else {},
         disable_tqdm=not show_progress_bar,
     )

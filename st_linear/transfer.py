@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import random
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from torch import Tensor
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback
 
 from st_linear.adapters import fingerprint
-from st_linear.conversion import AttentionCall, observe_attention
+from st_linear.conversion import AttentionCall, LinearAttention, observe_attention
 from st_linear.data import evenly_spaced, passages
 from st_linear.evaluation import FidelityEvaluator
 from st_linear.losses import AttentionTransferLoss, Target, check_choice
@@ -41,7 +42,8 @@ _HELD_OUT_EVERY = 8
 _HELD_OUT_TOKENS = 16_384
 """Tokens of each length's passages that fidelity is measured on, about."""
 
-_CALIBRATION_PASSAGES = 2
+_CALIBRATION_TOKENS = 8_192
+"""Tokens of the texts that maps are calibrated on, about."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def transfer(
     try:
         fidelity = FidelityEvaluator(held_out, _softmax_twin(model))
         before = _figures(fidelity, model)
-        calibrate(encoder, training[max(training)][:_CALIBRATION_PASSAGES], seed=settings.seed)
+        calibrate(encoder, training[max(training)], seed=settings.seed)
         started = time.perf_counter()
         resumed_at, steps = _train(model, loss, fidelity, training, folder, settings, show_progress_bar)
         seconds = time.perf_counter() - started
@@ -198,31 +200,43 @@ def check_fidelity(
 
 @torch.no_grad()
 def calibrate(encoder: LinearTransformer, texts: Sequence[str], *, seed: int = 0) -> None:
-    """Start each layer's feature map where softmax attention looks in some texts, cut to the shortest one's length.
+    """Start each layer's feature map where softmax attention looks in some texts.
 
     Args:
         encoder: Of a converted model.
-        texts: Longer than three windows.
-        seed: Of what the maps draw.
+        texts: As many of those longer than three windows are read, in random order, as come to some 8,192 tokens.
+        seed: Of the order, and of what the maps draw.
+
+    Raises:
+        ValueError: If none is longer than three windows.
     """
     tokenizer: Any = encoder.tokenizer
-    ids = tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
-    length = min(map(len, ids))
-    inputs = torch.tensor([row[:length] for row in ids], device=encoder.model.device)
-    generator = torch.Generator().manual_seed(seed)
-    done: set[int] = set()
+    seen: dict[LinearAttention, tuple[list[Tensor], list[Tensor]]] = {}
 
     def see(call: AttentionCall) -> Tensor:
-        if call.is_linear() and id(call.module) not in done:
-            attention: Any = call.module.linear_attention
-            query, key = (x.float() * call.scale**0.5 for x in (call.query, call.key))
-            attention.feature_map.calibrate(query, key, window=attention.window, generator=generator)
-            done.add(id(call.module))
+        if call.is_linear():
+            for kept, states in zip(seen.setdefault(call.linear_attention, ([], [])), (call.query, call.key)):
+                kept.append(states[0].float() * call.scale**0.5)
         return call.softmax()
 
     encoder.eval()
+    left = _CALIBRATION_TOKENS
     with observe_attention(see):
-        encoder({"input_ids": inputs, "attention_mask": torch.ones_like(inputs)})
+        for text in random.Random(seed).sample(texts, len(texts)):
+            ids = tokenizer(text, truncation=True, max_length=encoder.max_seq_length, return_tensors="pt")["input_ids"]
+            if ids.numel() <= 3 * encoder.window:
+                continue
+            inputs = ids.to(encoder.model.device)
+            encoder({"input_ids": inputs, "attention_mask": torch.ones_like(inputs)})
+            left -= inputs.numel()
+            if left <= 0:
+                break
+    if left == _CALIBRATION_TOKENS:
+        raise ValueError(f"none of {len(texts)} texts has more than three windows, {3 * encoder.window} tokens")
+    generator = torch.Generator().manual_seed(seed)
+    for attention, (queries, keys) in seen.items():
+        feature_map: Any = attention.feature_map
+        feature_map.calibrate(queries, keys, window=attention.window, generator=generator)
 
 
 def _train(

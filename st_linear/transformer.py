@@ -205,7 +205,7 @@ class LinearTransformer(Transformer):
             adapter.refuse_other_base(self.model)
         if adapter is not None:
             own = adapter.settings_with(given)
-            settings |= own if settings["exact_up_to"] is None else {**own, "exact_up_to": settings["exact_up_to"]}
+            settings |= {name: value for name, value in own.items() if settings[name] is None}
             logger.info("Linear attention as trained in adapter %s", adapter.source)
         self._linearise(**_with_defaults(settings))
         if adapter is not None:
@@ -479,10 +479,11 @@ def _with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _check_settings(max_seq_length: Any, position_extension: str, **settings: Any) -> None:
     """Refuse bad settings before a model is loaded for them."""
-    check_exact_up_to(settings["exact_up_to"])
-    # How many tokens two windows are, an adapter may have to say first.
-    known = settings if settings["window"] is not None else {**settings, "exact_up_to": None}
-    check_settings(**_with_defaults(known))
+    if settings["window"] is None:
+        # How many tokens two windows are, an adapter may have to say first.
+        check_exact_up_to(settings["exact_up_to"])
+        settings["exact_up_to"] = None
+    check_settings(**_with_defaults(settings))
     check_position_extension(position_extension)
     if max_seq_length is not None and (not is_integer(max_seq_length) or max_seq_length < 1):
         raise ValueError(f"max_seq_length must be a positive number of tokens, got {max_seq_length!r}")

@@ -351,14 +351,17 @@ class TestCalibration:
     """Queries and keys with means of their own, as encoders have them: FAVOR+'s rows miss what they add up to."""
 
     @staticmethod
-    def inputs() -> tuple[Tensor, Tensor]:
-        query, key = (0.7 * randn(2, H, 64, D, seed=seed) for seed in (1, 2))
-        return query + 1.2, key + 0.8
+    def inputs(lengths: tuple[int, ...] = (64, 64)) -> tuple[list[Tensor], list[Tensor]]:
+        queries, keys = (
+            [0.7 * randn(H, length, D, seed=seed + 2 * text) for text, length in enumerate(lengths)] for seed in (1, 2)
+        )
+        return [query + 1.2 for query in queries], [key + 0.8 for key in keys]
 
     @pytest.mark.parametrize("window", [0, 4])
     @torch.no_grad()
     def test_estimates_are_better_and_as_unbiased(self, window: int) -> None:
-        query, key = self.inputs()
+        queries, keys = self.inputs()
+        query, key = torch.stack(queries), torch.stack(keys)
         exact = query @ key.transpose(-1, -2)
         errors, means = {}, {}
         for start in ("favor", "calibrated"):
@@ -367,13 +370,22 @@ class TestCalibration:
                 feature_map = make_feature_map("learned_favor", H, D, seed=seed, num_features=64).double()
                 if start == "calibrated":
                     generator = torch.Generator().manual_seed(seed)
-                    feature_map.calibrate(query, key, window=window, generator=generator)
+                    feature_map.calibrate(queries, keys, window=window, generator=generator)
                 estimates.append(weights(feature_map, query, key) / exact.exp())
             ratio = torch.stack(estimates)
             errors[start] = float(ratio.log().abs().median())
             means[start] = float(ratio.mean(dim=0).median())
         assert errors["calibrated"] < errors["favor"] / 2
         assert abs(means["calibrated"] - 1) < 0.1
+
+    @torch.no_grad()
+    def test_texts_may_be_of_any_length(self) -> None:
+        queries, keys = self.inputs((1, 7, 40, 64))
+        feature_map = make_feature_map("learned_favor", H, D, num_features=2048).double()
+        feature_map.calibrate(queries, keys, window=0, generator=torch.Generator().manual_seed(0))
+        for query, key in zip(queries, keys):
+            ratio = weights(feature_map, query[None], key[None]) / (query @ key.transpose(-1, -2)).exp()
+            assert abs(float(ratio.median()) - 1) < 0.1
 
     def test_is_a_function_of_the_generator_alone(self) -> None:
         made = []

@@ -286,6 +286,19 @@ class TestStudents:
             assert moved > maps
         assert all(parameter.requires_grad for parameter in model.parameters())
 
+    @pytest.mark.parametrize(("window", "transfer"), [(0, "all"), (0, "maps"), (16, "maps")])
+    def test_transfer_starts_where_attention_looks(
+        self, bert: str, pairs: Pairs, tmp_path: Path, window: int, transfer: Any
+    ) -> None:
+        student = Student("learned_favor", window=window, transfer=transfer)
+        model = st_linear.convert(bert, feature_map="learned_favor", window=window, max_seq_length=256, seed=1)
+        as_drawn = model[0].model.encoder.layer[0].attention.self.linear_attention.feature_map.query_weight.clone()
+        settings = replace(SETTINGS, maps_learning_rate=1e-12, transfer_steps=1)
+        recipe.transfer_model(model, student, training_sentences(pairs.train), tmp_path, settings, False)
+        feature_map: Any = model[0].model.encoder.layer[0].attention.self.linear_attention.feature_map
+        assert feature_map.bias.abs().min() > 0  # a bias of FAVOR+ is nought
+        assert (feature_map.query_weight - as_drawn).abs().max() > 0.1
+
     def test_transfer_is_part_of_the_recipe(self, make: Callable[..., dict[str, Any]]) -> None:
         settings = replace(SETTINGS, epochs=1, lengths=())
         untransferred = make(student=replace(STUDENT, window=0), settings=settings)

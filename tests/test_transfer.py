@@ -229,6 +229,32 @@ class TestTransfer:
             run(model, {"a": " ".join(WORDS[:1] * 400)}, tmp_path / "training")
 
 
+class TestCalibrate:
+    @torch.no_grad()
+    def test_vectors_of_texts_of_any_length_come_closer(self, bert: str) -> None:
+        draw = random.Random(0)
+        texts = [" ".join(draw.choices(WORDS, k=draw.randint(1, 40))) for _ in range(64)]
+        exact = torch.as_tensor(load(bert).encode(texts))
+        linear = convert(bert, feature_map="learned_favor", window=0, max_seq_length=200)
+        before = F.cosine_similarity(exact, torch.as_tensor(linear.encode(texts))).mean()
+        transfer.calibrate(linear[0], texts)  # type: ignore[arg-type]
+        after = F.cosine_similarity(exact, torch.as_tensor(linear.encode(texts))).mean()
+        assert 1 - after < (1 - before) / 2
+
+    @torch.no_grad()
+    def test_texts_without_far_tokens_are_passed_over(self, bert: str) -> None:
+        made = []
+        for short in ([], ["bus"] * 10):
+            linear = convert(bert, **CONVERSION, seed=0)
+            transfer.calibrate(linear[0], [*short, " ".join(WORDS * 10)], seed=1)  # type: ignore[arg-type]
+            made.append(split_state_dict(linear[0].model)[1])
+        assert_close(*made, rtol=0, atol=0)
+
+    def test_only_such_texts_are_refused(self, model: SentenceTransformer) -> None:
+        with refused("none of 2 texts has more than three windows, 24 tokens"):
+            transfer.calibrate(model[0], ["bus", "the bus"])  # type: ignore[arg-type]
+
+
 class TestFidelity:
     def test_figures(self, bert: str, text: Callable[..., str]) -> None:
         texts = [text(60, seed) for seed in range(12)]
