@@ -203,6 +203,10 @@ def convert(
         Optional[Path],  # noqa: UP045
         typer.Option(help="Write the adapter alone, too, in a folder of its own."),
     ] = None,
+    plot: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Draw the fidelity that is measured: a .svg or .png file."),
+    ] = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -218,9 +222,13 @@ def convert(
     from st_linear.conversion import linear_attentions
     from st_linear.data import load_texts
     from st_linear.models import check_model_folder, save_model
+    from st_linear.plots import plot_fidelity
     from st_linear.recipe import base_name
 
     check_model_folder(output)
+    _refuse_without("--texts or --check-texts", texts or check_texts, {"--plot": plot})
+    if plot is not None:
+        _check_plot(plot)
     chosen: dict[str, Any] = {
         "steps": steps,
         "lengths": None if train_lengths is None else _lengths(train_lengths),
@@ -289,6 +297,8 @@ def convert(
     if export_adapter is not None:
         adapters.export_adapter(encoder, export_adapter)
     tables.add_fidelity(table, result)
+    if plot is not None:
+        plot_fidelity(tables.fidelity(result), plot)
     _show(table, result, as_json)
     _say(f'Load it with st_linear.load("{output}"), or SentenceTransformer("{output}", trust_remote_code=True)')
 
@@ -337,13 +347,15 @@ def distill(
     students: Annotated[
         str,
         typer.Option(
-            help="MAP[:features][@window], comma-separated; 'softmax' is the control that others are set against."
+            help="MAP[:features][@window][+TRANSFER], comma-separated; 'softmax' is the control that others are set "
+            "against, and TRANSFER is 'none', 'maps' or 'all'."
         ),
     ] = "hedgehog@64",
     transfer: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
-            help="Attention transfer first: 'none', 'maps' or 'all'; by default 'maps' with a window, 'all' without."
+            help="Attention transfer first, where a student's name doesn't say: 'none', 'maps' or 'all'; by default "
+            "'maps' with a window, 'all' without."
         ),
     ] = None,
     mine: Annotated[
@@ -376,7 +388,7 @@ def distill(
     """
     from st_linear import tables
     from st_linear.plots import plot_learning_curves
-    from st_linear.recipe import Pairs, base_name, distil, mean_curve, over_seeds, prepare_teacher
+    from st_linear.recipe import Pairs, base_name, distil, mean_curve, over_seeds, prepare_teacher, steps_to_control
     from st_linear.records import environment, write_json, write_text
     from st_linear.settings import Settings, Student
 
@@ -400,7 +412,10 @@ def distill(
         max_seq_length=max_seq_length,
         seed=draws[0],
     )
-    wanted = {name: Student.named(name, transfer) for name in _names(students) or ()}  # type: ignore[arg-type]
+    wanted = {}
+    for name in _names(students) or ():
+        attention, plus, its_own = name.partition("+")
+        wanted[name] = Student.named(attention, its_own if plus else transfer)  # type: ignore[arg-type]
     if not wanted:
         raise ValueError("--students is empty: name one, hedgehog@64 say")
     pairs = Pairs.load(data)
@@ -428,6 +443,7 @@ def distill(
         "teacher": None if taught is None else {"name": taught.name, "figures": taught.figures},
         "students": records,
         "summary": over_seeds(records),
+        "steps_to_control": steps_to_control(records),
         "environment": environment(),
     }
     write_json(output / "record.json", result)

@@ -44,6 +44,41 @@ def plot_learning_curves(curves: dict[str, list[dict[str, Any]]], path: str | Pa
     _save(figure, axes, path)
 
 
+def plot_fidelity(results: dict[str, dict[str, dict[str, float]]], path: str | Path) -> None:
+    """
+    Plot how close a conversion's vectors stay as texts grow: the mean cosine, with bars to the 5th percentile.
+
+    Args:
+        results: Under a title each, figures by length, with ``cosine`` and ``cosine_p5``; see
+            :class:`~st_linear.evaluation.FidelityEvaluator`.
+        path: A ``.svg`` or ``.png`` file, written atomically.
+
+    Raises:
+        ValueError: If there is nothing to draw, a figure is missing, or the suffix is another.
+        ImportError: If matplotlib is not installed.
+    """
+    figure, axes = new_figure(path)
+    _nonempty("results", results)
+    for index, (title, by_length) in enumerate(results.items()):
+        points = list(by_length.values())
+        mean, low = (_column("results", title, points, key) for key in ("cosine", "cosine_p5"))
+        # A little apart, so that bars at the same length stay legible.
+        apart = 2 ** (0.06 * (index - (len(results) - 1) / 2))
+        below = [most - least for most, least in zip(mean, low)]
+        axes.errorbar(
+            [int(length) * apart for length in by_length],
+            mean,
+            yerr=[below, [0.0] * len(mean)],
+            label=title,
+            capsize=3,
+            **_line(index),
+        )
+    length_axis(axes, {int(length) for some in results.values() for length in some}, "tokens per text")
+    axes.set_ylabel("cosine with the encoder's own vector")
+    axes.set_title("Same vectors: the closer to 1, the better (bars: to the 5th percentile)", loc="left")
+    _save(figure, axes, path)
+
+
 def plot_pearson_by_length(results: dict[str, dict[int | None, dict[str, Any]]], path: str | Path) -> None:
     """
     Plot how models hold up as texts grow: Pearson times 100 with its interval against tokens, one line per model.

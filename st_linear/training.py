@@ -126,6 +126,27 @@ class Curve(BaseEvaluator, TrainerCallback):
         return {name: point[name] for name in ("pearson", "spearman")}
 
 
+def reached(curve: Sequence[dict[str, Any]], target: float, unit: str) -> float | None:
+    """How much of a unit it took until Pearson first was at a target, linear between the points of the curve.
+
+    Args:
+        curve: Points in the order of training.
+        target: The Pearson.
+        unit: What its points count: ``"step"``, ``"examples"``, ``"tokens"``, ``"seconds"``.
+
+    Returns:
+        The amount, 0 where it was there before training, None where it never was.
+    """
+    for index, point in enumerate(curve):
+        if point["pearson"] >= target:
+            if index == 0:
+                return 0.0
+            before = curve[index - 1]
+            share = (target - before["pearson"]) / (point["pearson"] - before["pearson"])
+            return before[unit] + share * (point[unit] - before[unit])
+    return None
+
+
 def training_arguments(output: Path, settings: Settings, **options: Any) -> SentenceTransformerTrainingArguments:
     """The Trainer's arguments under some settings, checkpoints in ``output/trainer``; ``options`` override them."""
     defaults: dict[str, Any] = {

@@ -199,14 +199,17 @@ class TestTrainedConversion:
 
     def test_json_and_the_adapter_that_it_makes(self, run: Callable[..., tuple[int, str, str]], place: Path) -> None:
         before = files(place)
-        code, out, _ = run(f"{self.LINE} --json --export-adapter small")
+        code, out, _ = run(f"{self.LINE} --json --export-adapter small --plot fidelity.svg")
         assert code == 0
         result = json.loads(out)
         assert (result["feature_map"], result["window"], result["exact_up_to"]) == ("learned_favor", 8, 16)
         assert result["training"]["steps"] == 6
         assert result["training"]["settings"]["lengths"] == [48, 96]
         assert result["fidelity"]["figures"]["40"]["n"] == 5
-        assert {path.split("/")[0] for path in files(place) - before} == {"out", "small"}
+        assert {path.split("/")[0] for path in files(place) - before} == {"out", "small", "fidelity.svg"}
+        drawn = (place / "fidelity.svg").read_text(encoding="utf-8")
+        for title in ("held-out texts, before", "held-out texts, after", "other texts"):
+            assert f"<!-- {title} -->" in drawn
         assert sorted(path.name for path in (place / "small").iterdir()) == [
             "adapter.json",
             "linear_attention.safetensors",
@@ -326,6 +329,18 @@ class TestDistill:
         assert st_linear.load("out/hedgehog@4/seed-0/model")[0].window == 4
         assert "Mined: 9 pairs" in err
         assert "dev Pearson: teacher" in err
+
+    def test_a_name_says_its_transfer(self, run: Callable[..., tuple[int, str, str]], place: Path) -> None:
+        line = "distill bert out --data pairs --epochs 1 --evaluations 1 --alpha 0 --transfer none"
+        code, out, _ = run(f"{line} --students softmax,hedgehog,hedgehog+all --json")
+        assert code == 0
+        result = json.loads(out)
+        transfers = {name: made[0]["student"]["transfer"] for name, made in result["students"].items()}
+        assert transfers == {"softmax": "none", "hedgehog": "none", "hedgehog+all": "all"}
+        assert result["steps_to_control"].keys() == transfers.keys()
+        code, _, err = run(f"{line} --students hedgehog+some")
+        assert code == 2
+        assert "unknown transfer 'some'; choose one of: none, maps, all" in one_line_error(err)
 
     def test_gold_alone_asks_no_teacher(self, run: Callable[..., tuple[int, str, str]], place: Path) -> None:
         code, out, err = run("distill bert out --data pairs --transfer none --epochs 1 --alpha 0")
@@ -455,6 +470,8 @@ class TestErrors:
             ("convert bert out --target hidden", "--target hidden says nothing without --texts"),
             ("convert bert out --check-lengths 99", "--check-lengths 99 says nothing without --check-texts"),
             ("convert bert out --check-passages 9", "--check-passages 9 says nothing without --check-texts"),
+            ("convert bert out --plot a.svg", "--plot a.svg says nothing without --texts or --check-texts"),
+            ("convert bert out --check-texts bert --plot a.gif", "path='a.gif' must end in .svg or .png"),
             ("convert nosuch out", "no folder 'nosuch' here, and none on the Hugging Face Hub"),
             ("convert no/such out", "no folder 'no/such' here, and none on the Hugging Face Hub"),
             ("convert bert bert/config.json", "bert/config.json is a file"),

@@ -6,7 +6,13 @@ from xml.etree import ElementTree
 
 import pytest
 
-from st_linear.plots import plot_learning_curves, plot_pearson_by_length, plot_pearson_by_protocol, plot_speed
+from st_linear.plots import (
+    plot_fidelity,
+    plot_learning_curves,
+    plot_pearson_by_length,
+    plot_pearson_by_protocol,
+    plot_speed,
+)
 
 CURVES = {
     "softmax": [{"examples": 0, "pearson": 0.5}, {"examples": 1000, "pearson": 0.8}],
@@ -24,8 +30,17 @@ RESULTS = {
 }
 
 
+FIDELITY = {
+    "before": {"512": {"cosine": 0.8, "cosine_p5": 0.7}, "2048": {"cosine": 0.7, "cosine_p5": 0.5}},
+    "after": {"512": {"cosine": 0.99, "cosine_p5": 0.98}},
+}
+
+
 @pytest.mark.parametrize("suffix", [".svg", ".png", ".PNG"])
-@pytest.mark.parametrize(("plot", "data"), [(plot_learning_curves, CURVES), (plot_pearson_by_length, RESULTS)])
+@pytest.mark.parametrize(
+    ("plot", "data"),
+    [(plot_learning_curves, CURVES), (plot_pearson_by_length, RESULTS), (plot_fidelity, FIDELITY)],
+)
 def test_plots_are_written_whole(tmp_path: Path, plot, data, suffix: str) -> None:
     path = tmp_path / "plots" / f"plot{suffix}"
     plot(data, path)
@@ -102,6 +117,15 @@ def test_panels_share_their_axes_and_leave_out_what_is_undefined(tmp_path: Path,
     assert [len(axes.containers[0][0].get_xdata()) for axes in panels[:2]] == [2, 1]
     assert all(axes.get_xticks().tolist() == [128, 2048] for axes in panels)
     assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["softmax"]
+
+
+def test_fidelity_falls_to_its_5th_percentile(tmp_path: Path, drawn: list) -> None:
+    plot_fidelity(FIDELITY, tmp_path / "a.svg")
+    axes = drawn[0].axes[0]
+    assert axes.get_xticks().tolist() == [512, 2048]
+    _, (lower, upper), _ = axes.containers[0]
+    assert lower.get_ydata().tolist() == pytest.approx([0.7, 0.5])
+    assert upper.get_ydata().tolist() == pytest.approx([0.8, 0.7])
 
 
 def test_many_lines_differ(tmp_path: Path, drawn: list) -> None:

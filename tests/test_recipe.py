@@ -417,6 +417,21 @@ class TestSeeds:
         assert summary["elu"]["transferred"]["minus_control"]["mean"] == pytest.approx(0.15)
         assert summary["elu"]["natural"]["spearman"]["mean"] == pytest.approx(0.42)
 
+    def test_steps_to_the_control(self) -> None:
+        # 95 % of 0.8 is 0.76: softmax is there after 26/30 of its four steps, elu after 26/29.
+        students = {
+            "softmax": [self.record("softmax", 0.8), self.record("softmax", 0.8)],
+            "elu": [self.record("elu", 0.79), self.record("elu", 0.8)],
+            "favor": [self.record("favor", 0.8), self.record("favor", 0.75)],
+        }
+        steps = recipe.steps_to_control(students)
+        assert steps["softmax"] is not None
+        assert steps["softmax"]["mean"] == pytest.approx(4 * 26 / 30)
+        assert steps["elu"] is not None
+        assert steps["elu"]["mean"] == pytest.approx(2 * (26 / 29 + 26 / 30))
+        assert steps["favor"] is None
+        assert recipe.steps_to_control({"elu": students["elu"]}) == {"elu": None}
+
     def test_one_seed_has_no_interval(self) -> None:
         (natural,) = (recipe.over_seeds({"elu": [self.record("elu", 0.8)]})["elu"][stage] for stage in ("natural",))
         assert natural["pearson"] == {"mean": 0.8, "low": None, "high": None, "n": 1}

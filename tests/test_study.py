@@ -30,7 +30,7 @@ from st_linear.study.config import Cell, Study, read_study
 from st_linear.study.inputs import TEACHER_COLUMN, prepare
 from st_linear.study.operations import TRAINING, Operations, near_pairs
 from st_linear.study.report import write_report
-from st_linear.study.statistics import Records, area_under, compare, convergence, fit_line, mean, reached, summarise
+from st_linear.study.statistics import Records, area_under, compare, convergence, fit_line, mean, summarise
 
 MINIMAL = """\
 name: a study
@@ -276,13 +276,6 @@ class TestOperations:
 
 
 class TestStatistics:
-    def test_reached_is_linear_between_points(self) -> None:
-        assert reached(CURVE, 0.6, "steps") == pytest.approx(5)
-        assert reached(CURVE, 0.6, "seconds") == pytest.approx(1.0)
-        assert reached(CURVE, 0.7, "operations") == pytest.approx(7.5e8)
-        assert reached(CURVE, 0.3, "tokens") == 0
-        assert reached(CURVE, 0.81, "tokens") is None
-
     def test_area(self) -> None:
         assert area_under(CURVE) == pytest.approx(0.7)
 

@@ -32,6 +32,7 @@ from transformers import BertForSequenceClassification, TrainerCallback
 import st_linear
 from st_linear import AttentionTransferLoss, DistillationLoss, PairScoreEvaluator, PairScorer, convert
 from st_linear.conversion import linear_attentions
+from st_linear.training import reached
 
 PAIRS = 32
 STEPS = 8
@@ -50,6 +51,18 @@ def pairs(text: Callable[..., str]) -> Dataset:
         second = " ".join([*words[:keep], *other.split()[keep:]])
         rows.append({"sentence1": first, "sentence2": second, "score": [kept / 4, 0.1 + 0.2 * kept]})
     return Dataset.from_list(rows)
+
+
+def test_reached_is_linear_between_points() -> None:
+    curve = [
+        {"step": 0, "tokens": 0, "pearson": 0.4},
+        {"step": 10, "tokens": 5000, "pearson": 0.8},
+        {"step": 20, "tokens": 10000, "pearson": 0.8},
+    ]
+    assert reached(curve, 0.6, "step") == pytest.approx(5)
+    assert reached(curve, 0.7, "tokens") == pytest.approx(3750)
+    assert reached(curve, 0.3, "tokens") == 0
+    assert reached(curve, 0.81, "tokens") is None
 
 
 def side(pairs: Dataset, index: int) -> Dataset:

@@ -18,6 +18,7 @@ from st_linear.evaluation import METRICS, Mean
 from st_linear.records import read_json
 from st_linear.study.cells import CELLS, RECORD
 from st_linear.study.config import STUDY, Cell, Study, number_format, student_name
+from st_linear.training import reached
 
 UNITS = ("steps", "examples", "tokens", "seconds", "operations")
 """What convergence is counted in."""
@@ -143,28 +144,6 @@ class Records:
         return next(iter(next(iter(self.finished.values())).values()))
 
 
-def reached(curve: Sequence[dict[str, Any]], target: float, unit: str) -> float | None:
-    """How much of a unit it took until Pearson first was at a target, linear between the points of the curve.
-
-    Args:
-        curve: Points in the order of training.
-        target: The Pearson.
-        unit: One of :data:`UNITS`.
-
-    Returns:
-        The amount, 0 where it was there before training, None where it never was.
-    """
-    key = _CURVE_KEYS.get(unit, unit)
-    for index, point in enumerate(curve):
-        if point["pearson"] >= target:
-            if index == 0:
-                return 0.0
-            before = curve[index - 1]
-            share = (target - before["pearson"]) / (point["pearson"] - before["pearson"])
-            return before[key] + share * (point[key] - before[key])
-    return None
-
-
 def area_under(curve: Sequence[dict[str, Any]]) -> float:
     """Mean Pearson over the examples of training, by the trapezoid rule."""
     examples = [point["examples"] for point in curve]
@@ -194,7 +173,7 @@ def convergence(
         basis: {
             f"{100 * share:.0f}": None
             if target is None
-            else {unit: reached(curve, target(share), unit) for unit in UNITS}
+            else {unit: reached(curve, target(share), _CURVE_KEYS.get(unit, unit)) for unit in UNITS}
             for share in TARGETS
         }
         for basis, target in targets.items()
