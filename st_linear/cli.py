@@ -297,9 +297,9 @@ def convert(
     if export_adapter is not None:
         adapters.export_adapter(encoder, export_adapter)
     tables.add_fidelity(table, result)
+    _show(table, result, as_json)
     if plot is not None:
         plot_fidelity(tables.fidelity(result), plot)
-    _show(table, result, as_json)
     _say(f'Load it with st_linear.load("{output}"), or SentenceTransformer("{output}", trust_remote_code=True)')
 
 
@@ -412,10 +412,7 @@ def distill(
         max_seq_length=max_seq_length,
         seed=draws[0],
     )
-    wanted = {}
-    for name in _names(students) or ():
-        attention, plus, its_own = name.partition("+")
-        wanted[name] = Student.named(attention, its_own if plus else transfer)  # type: ignore[arg-type]
+    wanted = {name: Student.named(name, transfer) for name in _names(students) or ()}  # type: ignore[arg-type]
     if not wanted:
         raise ValueError("--students is empty: name one, hedgehog@64 say")
     pairs = Pairs.load(data)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -147,15 +147,11 @@ class FeatureMap(nn.Module):
         """Draw random features anew from ``seed``. Maps without any keep what they learned."""
         self.seed = seed
 
-    def calibrate(
-        self, queries: Sequence[Tensor], keys: Sequence[Tensor], *, window: int, generator: torch.Generator
-    ) -> None:
-        """Start where attention is, before training; most maps need not.
+    def calibrate(self, sums: Tensor, generator: torch.Generator) -> None:
+        """Start where attention looks, before training; most maps need not.
 
         Args:
-            queries: Of some texts, (H, T, D) each.
-            keys: As queries.
-            window: Near window in tokens: pairs in the same or in neighbouring blocks are not the map's.
+            sums: ``q_i + k_j`` of pairs of tokens as attention picks them, (H, pairs, D), float32, on the CPU.
             generator: Of what is drawn, on the CPU.
         """
 
@@ -349,10 +345,6 @@ class FavorRelu(RandomFeatures, PointwiseFeatureMap):
         return F.relu(self.project(x)) + 1e-3
 
 
-_CALIBRATION_PAIRS = 2048
-"""Pairs per head that :meth:`LearnedFavor.calibrate` takes attention's density from."""
-
-
 @register_feature_map("learned_favor")
 class LearnedFavor(ExponentialFeatureMap):
     """FAVOR+ that learns, ``φ_q(x) = exp(W_q x + b - a_q|x|²)`` and ``φ_k(x) = exp(W_k x - a_k|x|²)``, weight 1/R.
@@ -390,47 +382,22 @@ class LearnedFavor(ExponentialFeatureMap):
         return self.bias
 
     @torch.no_grad()
-    def calibrate(
-        self, queries: Sequence[Tensor], keys: Sequence[Tensor], *, window: int, generator: torch.Generator
-    ) -> None:
+    def calibrate(self, sums: Tensor, generator: torch.Generator) -> None:
         """Draw the rows anew, from where attention looks.
 
         FAVOR+ rests on ``exp(q·k) = E_w[exp(w·q - |q|²/2) exp(w·k - |k|²/2)]`` with w ~ N(0, I). What is averaged is
         large around ``w = q + k``, and rows of N(0, I) rarely come near. So rows are drawn from p, the mixture of
-        N(q_i + k_j, I) over pairs (i, j) of far tokens as attention picks them, and weighted by ``N(w; 0, I) / p(w)``,
-        which goes into b: the estimate stays unbiased.
+        N(q_i + k_j, I) over the pairs (i, j), and weighted by ``N(w; 0, I) / p(w)``, which goes into b: the estimate
+        stays unbiased.
 
         Args and shapes as in :meth:`FeatureMap.calibrate`.
-
-        Raises:
-            ValueError: If some token has no far token.
         """
-        each = math.ceil(_CALIBRATION_PAIRS / len(queries))
-        centres = torch.cat(
-            [_attended_sums(q, k, each, window, generator) for q, k in zip(queries, keys, strict=True)], dim=1
-        )
-        for head, centre in enumerate(centres):
+        for head, centre in enumerate(sums):
             picked = torch.randint(len(centre), (self.num_features,), generator=generator)
             w = centre[picked] + torch.randn(self.num_features, self.head_dim, generator=generator)
             log_p = torch.cdist(w, centre).square().div(-2).logsumexp(dim=-1) - math.log(len(centre))
             self.query_weight[head] = self.key_weight[head] = w.to(self.query_weight)
             self.bias[head, 0] = (w.square().sum(dim=-1) / -2 - log_p).to(self.bias)
-
-
-def _attended_sums(query: Tensor, key: Tensor, count: int, window: int, generator: torch.Generator) -> Tensor:
-    """``q_i + k_j`` of pairs of far tokens of one text, i drawn evenly and j as attention picks it: (H, count, D)."""
-    length = query.shape[1]
-    if length <= 3 * window:
-        raise ValueError(f"window={window} leaves some of {length} tokens no far token: pass longer texts")
-    query, key = query.float().cpu(), key.float().cpu()
-    block = torch.arange(length) // max(window, 1)
-    sums = []
-    for q, k in zip(query, key):
-        rows = torch.randint(length, (count,), generator=generator)
-        near = (block[rows, None] - block).abs() <= 1 if window else torch.zeros((), dtype=torch.bool)
-        weights = (q[rows] @ k.T).masked_fill(near, -math.inf).softmax(dim=-1)
-        sums.append(q[rows] + k[weights.multinomial(1, generator=generator)[:, 0]])
-    return torch.stack(sums)
 
 
 class LearnedProjection(nn.Module):

@@ -321,7 +321,7 @@ class AttentionTransferLoss(nn.Module):
         if isinstance(self.model, nn.DataParallel):
             raise ValueError("AttentionTransferLoss can't run under DataParallel: use torchrun, or one GPU")
         step = self._attention_error if self.target == "attention" else self._hidden_state_error
-        with _without_dropout(self.model):
+        with without_dropout(self.model):
             return torch.stack([step(features) for features in sentence_features]).mean()
 
     def _attention_error(self, features: dict[str, Tensor]) -> Tensor:
@@ -406,7 +406,8 @@ def _among_processes(error: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def _without_dropout(model: nn.Module) -> Iterator[None]:
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and back to the one that was."""
     training = model.training
     model.eval()
     try:

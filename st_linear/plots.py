@@ -1,4 +1,4 @@
-"""Plots of learning curves and of Pearson correlation by text length (extra: quickstart)."""
+"""Plots of learning curves, and of fidelity and Pearson correlation by text length (extra: quickstart)."""
 
 from __future__ import annotations
 
@@ -60,13 +60,15 @@ def plot_fidelity(results: dict[str, dict[str, dict[str, float]]], path: str | P
     figure, axes = new_figure(path)
     _nonempty("results", results)
     for index, (title, by_length) in enumerate(results.items()):
-        points = list(by_length.values())
+        lengths = sorted(by_length, key=int)
+        points = [by_length[length] for length in lengths]
         mean, low = (_column("results", title, points, key) for key in ("cosine", "cosine_p5"))
         # A little apart, so that bars at the same length stay legible.
         apart = 2 ** (0.06 * (index - (len(results) - 1) / 2))
-        below = [most - least for most, least in zip(mean, low)]
+        # Of few texts with one far off, the mean may be below.
+        below = [max(0.0, most - least) for most, least in zip(mean, low)]
         axes.errorbar(
-            [int(length) * apart for length in by_length],
+            [int(length) * apart for length in lengths],
             mean,
             yerr=[below, [0.0] * len(mean)],
             label=title,

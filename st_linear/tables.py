@@ -24,22 +24,20 @@ def distilled(result: dict[str, Any]) -> Table:
 
 def distilled_over_seeds(result: dict[str, Any]) -> Table:
     """Means over seeds; with one seed, its figures without an interval. Steps are those of dev's learning curve."""
-    table = Table(title=f"Test of {result['data']}", caption="× 100, with 95 % intervals over seeds")
-    columns = (
-        "seeds",
-        "Pearson",
-        "Spearman",
-        "Pearson − softmax student's",
-        "of teacher's",
-        "steps to 95 % of it",
+    table = Table(
+        title=f"Test of {result['data']}", caption="Pearson and Spearman × 100; with 95 % intervals over seeds"
     )
+    columns = ["seeds", "Pearson", "Spearman", "Pearson − softmax student's", "of teacher's"]
+    shares = list(next(iter(result["steps_to_control"].values()), ()))
+    columns += [f"steps to {share} % of softmax's, on dev" for share in shares]
     for column in ("student", "stage", *columns):
         table.add_column(column, justify="left" if column in ("student", "stage") else "right")
     taught = None
     if result["teacher"] is not None:
         figures = result["teacher"]["figures"]["test"]
         taught = figures["pearson"]
-        table.add_row("teacher", "–", "–", *(f"{100 * figures[key]:.2f}" for key in ("pearson", "spearman")), *"–––")
+        found = (f"{100 * figures[key]:.2f}" for key in ("pearson", "spearman"))
+        table.add_row("teacher", "–", "–", *found, "–", "–", *["–"] * len(shares))
     for name, stages in result["summary"].items():
         for stage, means in stages.items():
             cells = [
@@ -47,10 +45,11 @@ def distilled_over_seeds(result: dict[str, Any]) -> Table:
             ]
             trained = stage == "natural"
             pearson = means["pearson"]
-            share = f"{pearson['mean'] / taught:.1%}" if trained and taught and pearson else "–"
-            steps = result["steps_to_control"][name] if trained else None
-            taken = "–" if steps is None else f"{steps['mean']:.0f}"
-            table.add_row(name, stage, str(pearson["n"]) if pearson else "–", *cells, share, taken)
+            cells.append(f"{pearson['mean'] / taught:.1%}" if trained and taught and pearson else "–")
+            for share in shares:
+                steps = result["steps_to_control"][name][share]
+                cells.append("–" if not trained else "never" if steps is None else f"{steps['mean']:.0f}")
+            table.add_row(name, stage, str(pearson["n"]) if pearson else "–", *cells)
     return table
 
 

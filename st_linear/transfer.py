@@ -21,10 +21,11 @@ from torch import Tensor
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback
 
 from st_linear.adapters import fingerprint
-from st_linear.conversion import AttentionCall, LinearAttention, observe_attention
+from st_linear.conversion import AttentionCall, LinearAttention, linear_attentions, observe_attention
 from st_linear.data import evenly_spaced, passages
 from st_linear.evaluation import FidelityEvaluator
-from st_linear.losses import AttentionTransferLoss, Target, check_choice
+from st_linear.feature_maps import FeatureMap
+from st_linear.losses import AttentionTransferLoss, Target, check_choice, without_dropout
 from st_linear.models import convert
 from st_linear.records import as_json, digest, environment, has_bfloat16, read_json, write_json
 from st_linear.transformer import LinearTransformer
@@ -44,6 +45,9 @@ _HELD_OUT_TOKENS = 16_384
 
 _CALIBRATION_TOKENS = 8_192
 """Tokens of the texts that maps are calibrated on, about."""
+
+_CALIBRATION_PAIRS = 2_048
+"""Pairs of these tokens that say where a head's attention looks, about."""
 
 
 @dataclass(frozen=True)
@@ -200,43 +204,69 @@ def check_fidelity(
 
 @torch.no_grad()
 def calibrate(encoder: LinearTransformer, texts: Sequence[str], *, seed: int = 0) -> None:
-    """Start each layer's feature map where softmax attention looks in some texts.
+    """Start each layer's feature map where softmax attention looks in some texts. Most maps have no such start.
 
     Args:
         encoder: Of a converted model.
-        texts: As many of those longer than three windows are read, in random order, as come to some 8,192 tokens.
+        texts: Some 8,192 tokens of them are read, in random order, those whose tokens all have far ones.
         seed: Of the order, and of what the maps draw.
 
     Raises:
-        ValueError: If none is longer than three windows.
+        ValueError: If no text is long enough.
     """
+    if all(
+        type(attention.feature_map).calibrate is FeatureMap.calibrate
+        for attention in linear_attentions(encoder.model).values()
+    ):
+        return
     tokenizer: Any = encoder.tokenizer
-    seen: dict[LinearAttention, tuple[list[Tensor], list[Tensor]]] = {}
+    rows = tokenizer(list(texts), truncation=True, verbose=False)["input_ids"]
+    least = max(3 * encoder.window, encoder.exact_up_to)
+    long = [row for row in rows if len(row) > least]
+    if not long:
+        raise ValueError(
+            f"feature_map={encoder.feature_map!r} is calibrated on texts of more than {least} tokens, and the longest "
+            f"of {len(rows)} has {max(map(len, rows), default=0)}"
+        )
+    random.Random(seed).shuffle(long)
+    read: list[list[int]] = []
+    total = 0
+    for row in long:
+        if read and total + len(row) / 2 > _CALIBRATION_TOKENS:
+            break
+        read.append(row)
+        total += len(row)
+    generator = torch.Generator().manual_seed(seed)
+    sums: dict[LinearAttention, list[Tensor]] = {}
 
     def see(call: AttentionCall) -> Tensor:
         if call.is_linear():
-            for kept, states in zip(seen.setdefault(call.linear_attention, ([], [])), (call.query, call.key)):
-                kept.append(states[0].float() * call.scale**0.5)
+            attention = call.linear_attention
+            query, key = (x[0].float().cpu() * call.scale**0.5 for x in (call.query, call.key))
+            count = math.ceil(_CALIBRATION_PAIRS * query.shape[1] / total)
+            sums.setdefault(attention, []).append(_attended_sums(query, key, count, attention.window, generator))
         return call.softmax()
 
-    encoder.eval()
-    left = _CALIBRATION_TOKENS
-    with observe_attention(see):
-        for text in random.Random(seed).sample(texts, len(texts)):
-            ids = tokenizer(text, truncation=True, max_length=encoder.max_seq_length, return_tensors="pt")["input_ids"]
-            if ids.numel() <= 3 * encoder.window:
-                continue
-            inputs = ids.to(encoder.model.device)
+    with without_dropout(encoder), observe_attention(see):
+        for row in read:
+            inputs = torch.tensor([row], device=encoder.model.device)
             encoder({"input_ids": inputs, "attention_mask": torch.ones_like(inputs)})
-            left -= inputs.numel()
-            if left <= 0:
-                break
-    if left == _CALIBRATION_TOKENS:
-        raise ValueError(f"none of {len(texts)} texts has more than three windows, {3 * encoder.window} tokens")
-    generator = torch.Generator().manual_seed(seed)
-    for attention, (queries, keys) in seen.items():
+    for attention, some in sums.items():
         feature_map: Any = attention.feature_map
-        feature_map.calibrate(queries, keys, window=attention.window, generator=generator)
+        feature_map.calibrate(torch.cat(some, dim=1), generator)
+
+
+def _attended_sums(query: Tensor, key: Tensor, count: int, window: int, generator: torch.Generator) -> Tensor:
+    """``q_i + k_j`` of pairs of far tokens of a text, i drawn evenly and j as attention picks it: (H, count, D)."""
+    length = query.shape[1]
+    block = torch.arange(length) // max(window, 1)
+    sums = []
+    for q, k in zip(query, key):
+        rows = torch.randint(length, (count,), generator=generator)
+        near = (block[rows, None] - block).abs() <= 1 if window else torch.zeros((), dtype=torch.bool)
+        weights = (q[rows] @ k.T).masked_fill(near, -math.inf).softmax(dim=-1)
+        sums.append(q[rows] + k[weights.multinomial(1, generator=generator)[:, 0]])
+    return torch.stack(sums)
 
 
 def _train(

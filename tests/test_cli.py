@@ -338,9 +338,16 @@ class TestDistill:
         transfers = {name: made[0]["student"]["transfer"] for name, made in result["students"].items()}
         assert transfers == {"softmax": "none", "hedgehog": "none", "hedgehog+all": "all"}
         assert result["steps_to_control"].keys() == transfers.keys()
-        code, _, err = run(f"{line} --students hedgehog+some")
-        assert code == 2
-        assert "unknown transfer 'some'; choose one of: none, maps, all" in one_line_error(err)
+        for wrong, message in (
+            ("hedgehog+some", "unknown transfer 'some'; choose one of: none, maps, all"),
+            ("softmax+", "unknown transfer ''; choose one of: none, maps, all"),
+            ("softmax+all", "feature_map='softmax' is what transfer='all' aims at: pass transfer='none'"),
+            ("heghog+all", "unknown student 'heghog+all'; write MAP[:features][@window][+TRANSFER]"),
+            ("softmax --transfer some", "unknown transfer 'some'; choose one of: none, maps, all"),
+        ):
+            code, _, err = run(f"distill bert out --data pairs --students {wrong}")
+            assert code == 2
+            assert message in one_line_error(err)
 
     def test_gold_alone_asks_no_teacher(self, run: Callable[..., tuple[int, str, str]], place: Path) -> None:
         code, out, err = run("distill bert out --data pairs --transfer none --epochs 1 --alpha 0")

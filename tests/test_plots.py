@@ -120,12 +120,18 @@ def test_panels_share_their_axes_and_leave_out_what_is_undefined(tmp_path: Path,
 
 
 def test_fidelity_falls_to_its_5th_percentile(tmp_path: Path, drawn: list) -> None:
-    plot_fidelity(FIDELITY, tmp_path / "a.svg")
+    falling = {"before": dict(reversed(FIDELITY["before"].items()))}
+    plot_fidelity(falling, tmp_path / "a.svg")
     axes = drawn[0].axes[0]
     assert axes.get_xticks().tolist() == [512, 2048]
     _, (lower, upper), _ = axes.containers[0]
     assert lower.get_ydata().tolist() == pytest.approx([0.7, 0.5])
     assert upper.get_ydata().tolist() == pytest.approx([0.8, 0.7])
+
+
+def test_a_mean_below_the_5th_percentile_has_no_bar(tmp_path: Path) -> None:
+    plot_fidelity({"one far off": {"512": {"cosine": 0.9, "cosine_p5": 1.0}}}, tmp_path / "a.svg")
+    assert (tmp_path / "a.svg").exists()
 
 
 def test_many_lines_differ(tmp_path: Path, drawn: list) -> None:

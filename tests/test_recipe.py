@@ -21,7 +21,7 @@ from sentence_transformers import CrossEncoder, SentenceTransformer
 from transformers import BertConfig, BertForSequenceClassification
 
 import st_linear
-from st_linear import evaluation, recipe
+from st_linear import evaluation, recipe, tables
 from st_linear.data import token_counts, training_sentences
 from st_linear.evaluation import correlation
 from st_linear.models import save_model
@@ -286,7 +286,13 @@ class TestStudents:
             assert moved > maps
         assert all(parameter.requires_grad for parameter in model.parameters())
 
-    @pytest.mark.parametrize(("window", "transfer"), [(0, "all"), (0, "maps"), (16, "maps")])
+    def test_nothing_to_transfer_is_refused(self, make: Callable[..., dict[str, Any]]) -> None:
+        with refused(
+            "transfer='all' has nothing to learn: attention is exact up to 128 tokens, and the longest text has"
+        ):
+            make(student=Student("hedgehog", window=64, transfer="all"))
+
+    @pytest.mark.parametrize(("window", "transfer"), [(0, "all"), (2, "all"), (0, "maps"), (16, "maps")])
     def test_transfer_starts_where_attention_looks(
         self, bert: str, pairs: Pairs, tmp_path: Path, window: int, transfer: Any
     ) -> None:
@@ -418,19 +424,47 @@ class TestSeeds:
         assert summary["elu"]["natural"]["spearman"]["mean"] == pytest.approx(0.42)
 
     def test_steps_to_the_control(self) -> None:
-        # 95 % of 0.8 is 0.76: softmax is there after 26/30 of its four steps, elu after 26/29.
+        # 95 % of 0.8 is 0.76: softmax is there after 26/30 of its four steps, elu after 26/29; 99 % is 0.792.
         students = {
             "softmax": [self.record("softmax", 0.8), self.record("softmax", 0.8)],
             "elu": [self.record("elu", 0.79), self.record("elu", 0.8)],
             "favor": [self.record("favor", 0.8), self.record("favor", 0.75)],
         }
         steps = recipe.steps_to_control(students)
-        assert steps["softmax"] is not None
-        assert steps["softmax"]["mean"] == pytest.approx(4 * 26 / 30)
-        assert steps["elu"] is not None
-        assert steps["elu"]["mean"] == pytest.approx(2 * (26 / 29 + 26 / 30))
-        assert steps["favor"] is None
-        assert recipe.steps_to_control({"elu": students["elu"]}) == {"elu": None}
+        means = {
+            (name, share): None if mean is None else mean["mean"]
+            for name, by_share in steps.items()
+            for share, mean in by_share.items()
+        }
+        assert means == {
+            ("softmax", "95"): pytest.approx(4 * 26 / 30),
+            ("softmax", "99"): pytest.approx(4 * 29.2 / 30),
+            ("elu", "95"): pytest.approx(2 * (26 / 29 + 26 / 30)),
+            ("elu", "99"): None,
+            ("favor", "95"): None,
+            ("favor", "99"): None,
+        }
+        assert recipe.steps_to_control({"elu": students["elu"]}) == {}
+
+    def test_table(self) -> None:
+        students = {"softmax": [self.record("softmax", 0.8)], "elu": [self.record("elu", 0.79, 0.6)]}
+        result = {"data": "pairs", "teacher": {"figures": {"test": {"pearson": 0.9, "spearman": 0.89}}}}
+        result |= {"summary": recipe.over_seeds(students), "steps_to_control": recipe.steps_to_control(students)}
+        lines = tables.as_markdown(tables.distilled_over_seeds(result)).splitlines()
+        assert "steps to 95 % of softmax's, on dev | steps to 99 % of softmax's, on dev |" in lines[0]
+        assert lines[2:] == [
+            "| teacher | – | – | 90.00 | 89.00 | – | – | – | – |",
+            "| softmax | untrained | 1 | 50.00 | 25.00 | – | – | – | – |",
+            "| softmax | natural | 1 | 80.00 | 40.00 | – | 88.9% | 3 | 4 |",
+            "| elu | untrained | 1 | 50.00 | 25.00 | +0.00 | – | – | – |",
+            "| elu | transferred | 1 | 60.00 | 30.00 | +10.00 | – | – | – |",
+            "| elu | natural | 1 | 79.00 | 39.50 | -1.00 | 87.8% | 4 | never |",
+        ]
+        del result["teacher"]["figures"], students["softmax"]
+        result |= {"teacher": None, "summary": recipe.over_seeds(students), "steps_to_control": {}}
+        assert tables.as_markdown(tables.distilled_over_seeds(result)).splitlines()[-1] == (
+            "| elu | natural | 1 | 79.00 | 39.50 | – | – |"
+        )
 
     def test_one_seed_has_no_interval(self) -> None:
         (natural,) = (recipe.over_seeds({"elu": [self.record("elu", 0.8)]})["elu"][stage] for stage in ("natural",))

@@ -230,16 +230,49 @@ class TestTransfer:
 
 
 class TestCalibrate:
+    @pytest.fixture
+    def passes(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+        """Tokens of each pass through an encoder's attention: of the queries of its first layer that is seen."""
+        seen: list[int] = []
+        plain = AttentionCall.softmax
+        layers: list[Any] = []
+
+        def count(call: AttentionCall) -> Any:
+            layers.append(call.module)
+            if call.module is layers[0]:
+                seen.append(call.query.shape[2])
+            return plain(call)
+
+        monkeypatch.setattr(AttentionCall, "softmax", count)
+        return seen
+
     @torch.no_grad()
-    def test_vectors_of_texts_of_any_length_come_closer(self, bert: str) -> None:
+    def test_vectors_of_texts_of_any_length_come_closer(self, family: str) -> None:
         draw = random.Random(0)
         texts = [" ".join(draw.choices(WORDS, k=draw.randint(1, 40))) for _ in range(64)]
-        exact = torch.as_tensor(load(bert).encode(texts))
-        linear = convert(bert, feature_map="learned_favor", window=0, max_seq_length=200)
+        exact = torch.as_tensor(convert(family, feature_map="softmax", max_seq_length=200).encode(texts))
+        linear = convert(family, feature_map="learned_favor", window=0, max_seq_length=200)
         before = F.cosine_similarity(exact, torch.as_tensor(linear.encode(texts))).mean()
+        linear.train()
         transfer.calibrate(linear[0], texts)  # type: ignore[arg-type]
-        after = F.cosine_similarity(exact, torch.as_tensor(linear.encode(texts))).mean()
-        assert 1 - after < (1 - before) / 2
+        assert linear.training
+        after = F.cosine_similarity(exact, torch.as_tensor(linear.eval().encode(texts))).mean()
+        assert 1 - after < 1 - before
+
+    @pytest.mark.parametrize("window", [0, 8])
+    def test_pairs_are_of_far_tokens(self, window: int) -> None:
+        # Tokens are told by their sums: queries are ones, thousands, of their index, and keys hundredths.
+        length = 40
+        index = torch.arange(length, dtype=torch.float32)
+        query, key = (1000 * index).reshape(1, -1, 1), (index / 100).reshape(1, -1, 1)
+        generator = torch.Generator().manual_seed(0)
+        sums = transfer._attended_sums(query * 1, key * 0 + key, 500, window, generator)
+        assert sums.shape == (1, 500, 1)
+        rows = (sums[0, :, 0] / 1000).round()
+        keys = ((sums[0, :, 0].double() - 1000 * rows) * 100).round()
+        assert set(rows.int().tolist()) == set(range(length))
+        far = (rows // window - keys // window).abs() > 1 if window else torch.ones(500, dtype=torch.bool)
+        assert far.all()
 
     @torch.no_grad()
     def test_texts_without_far_tokens_are_passed_over(self, bert: str) -> None:
@@ -251,8 +284,19 @@ class TestCalibrate:
         assert_close(*made, rtol=0, atol=0)
 
     def test_only_such_texts_are_refused(self, model: SentenceTransformer) -> None:
-        with refused("none of 2 texts has more than three windows, 24 tokens"):
+        with refused(
+            "feature_map='learned_favor' is calibrated on texts of more than 24 tokens, and the longest of 2 has 4"
+        ):
             transfer.calibrate(model[0], ["bus", "the bus"])  # type: ignore[arg-type]
+
+    def test_as_many_are_read_as_tell_enough(self, model: SentenceTransformer, passes: list[int]) -> None:
+        # 200 tokens each: 41 come to 8,200, which is closer to 8,192 than 40 are.
+        transfer.calibrate(model[0], [" ".join(WORDS * 20)] * 100)  # type: ignore[arg-type]
+        assert passes == [200] * 41
+
+    def test_other_maps_are_left_alone(self, bert: str, passes: list[int]) -> None:
+        transfer.calibrate(convert(bert, feature_map="hedgehog", window=0)[0], ["the bus"])  # type: ignore[arg-type]
+        assert passes == []
 
 
 class TestFidelity:

@@ -24,7 +24,7 @@ from pydantic import (
 
 from st_linear.losses import Objective, TeacherActivation
 from st_linear.protocols import check_protocol
-from st_linear.settings import Settings, Student
+from st_linear.settings import ATTENTION_FORM, Settings, Student
 
 STUDY = "study.json"
 """The file of a study's folder that says what it was asked to do."""
@@ -40,6 +40,8 @@ Location = tuple[Any, ...]
 
 def _checked_attention(name: str) -> str:
     Student.named(name)
+    if "+" in name:
+        raise ValueError(f"unknown student {name!r}: write {ATTENTION_FORM}, and 'transfer' in a line of its own")
     return name
 
 
