@@ -429,19 +429,20 @@ def transfer_model(
             f"tokens, and the longest text has {longest}"
         )
     calibrate(encoder, texts, seed=settings.seed)
-    whole = student.transfer == "all"
-    loss = AttentionTransferLoss(model, train=student.transfer, pooled=10 if whole else 0)
-    rates = {r"linear_attention\.": settings.maps_learning_rate * (0.3 if whole else 1)}
+    rate, pooled = settings.maps_learning_rate, 0.0
+    if student.transfer == "all":
+        rate, pooled = 15 * settings.transfer_learning_rate, settings.transfer_pooled
+    loss = AttentionTransferLoss(model, train=student.transfer, pooled=pooled)
     arguments = training_arguments(
         output,
         settings,
         per_device_train_batch_size=batch_size,
         num_train_epochs=settings.transfer_epochs,
         max_steps=steps,
-        learning_rate=2e-4,
+        learning_rate=settings.transfer_learning_rate,
         lr_scheduler_type="cosine",
         adam_beta2=0.99,
-        learning_rate_mapping=rates if _has_maps(model) else {},
+        learning_rate_mapping={r"linear_attention\.": rate} if _has_maps(model) else {},
         disable_tqdm=not show_progress_bar,
     )
     dataset = Dataset.from_dict({"text": texts})

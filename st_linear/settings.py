@@ -27,6 +27,7 @@ _POSITIVE_SETTINGS = (
     "transfer_epochs",
     "transfer_steps",
     "maps_learning_rate",
+    "transfer_learning_rate",
     "evaluations",
     "max_seq_length",
 )
@@ -118,7 +119,9 @@ class Settings:
         teacher_activation: Applied to the teacher's logits: ``"sigmoid"`` or ``"identity"``.
         transfer_epochs: Passes of whole-student transfer over the training sentences.
         transfer_steps: Steps of maps-only transfer, each on four texts of 256–1,024 tokens, or of 4–16 windows.
-        maps_learning_rate: Of feature maps and gains, in transfer.
+        maps_learning_rate: Of feature maps and gains, in maps-only transfer.
+        transfer_learning_rate: Of the encoder, in whole-student transfer; its feature maps have fifteen times as much.
+        transfer_pooled: Weight of the embeddings in whole-student transfer.
         mined: Pairs without a gold score that the teacher labels besides, at most.
         half: Train under bfloat16 autocast: faster where the device has instructions for it.
         evaluations: Points of the learning curve.
@@ -138,6 +141,8 @@ class Settings:
     transfer_epochs: float = 2
     transfer_steps: int = 120
     maps_learning_rate: float = 1e-2
+    transfer_learning_rate: float = 2e-4
+    transfer_pooled: float = 10
     mined: int = 0
     half: bool = False
     evaluations: int = 8
@@ -156,6 +161,8 @@ class Settings:
             raise ValueError(f"head='dse' is measured at natural length alone, got lengths={self.lengths}")
         if self.pairs_at_length < 4:
             raise ValueError(f"pairs_at_length must be at least 4, got {self.pairs_at_length!r}")
+        if not self.transfer_pooled >= 0:
+            raise ValueError(f"transfer_pooled must be 0 or more, got {self.transfer_pooled!r}")
         if self.mined < 0:
             raise ValueError(f"mined must be a number of pairs, 0 or more, got {self.mined!r}")
         if self.mined and not self.alpha:

@@ -286,6 +286,28 @@ class TestStudents:
             assert moved > maps
         assert all(parameter.requires_grad for parameter in model.parameters())
 
+    @pytest.mark.parametrize(("transfer", "maps", "pooled"), [("maps", 0.5, 0), ("all", 0.3, 7)])
+    def test_transfer_learns_at_the_rates_that_settings_say(
+        self,
+        bert: str,
+        pairs: Pairs,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        transfer: Any,
+        maps: float,
+        pooled: float,
+    ) -> None:
+        trainers: list[Any] = []
+        monkeypatch.setattr(recipe, "run_trainer", trainers.append)
+        student = Student("hedgehog", window=0, transfer=transfer)
+        model = st_linear.convert(bert, feature_map="hedgehog", window=0, max_seq_length=256)
+        settings = replace(SETTINGS, maps_learning_rate=0.5, transfer_learning_rate=0.02, transfer_pooled=7)
+        recipe.transfer_model(model, student, training_sentences(pairs.train), tmp_path, settings, False)
+        arguments = trainers[0].args
+        assert arguments.learning_rate_mapping == {r"linear_attention\.": pytest.approx(maps)}
+        assert (arguments.learning_rate, arguments.lr_scheduler_type, arguments.adam_beta2) == (0.02, "cosine", 0.99)
+        assert trainers[0].loss.pooled == pooled
+
     def test_nothing_to_transfer_is_refused(self, make: Callable[..., dict[str, Any]]) -> None:
         with refused(
             "transfer='all' has nothing to learn: attention is exact up to 128 tokens, and the longest text has"
@@ -807,6 +829,12 @@ class TestSettings:
     def test_positive(self, name: str, value: float) -> None:
         with refused(f"{name} must be positive, got {value!r}"):
             Settings(**{name: value})
+
+    @pytest.mark.parametrize("value", [-1, float("nan")])
+    def test_embeddings_count_or_not(self, value: float) -> None:
+        assert Settings(transfer_pooled=0).transfer_pooled == 0
+        with refused(f"transfer_pooled must be 0 or more, got {value!r}"):
+            Settings(transfer_pooled=value)
 
     @pytest.mark.parametrize(
         ("settings", "message"),
