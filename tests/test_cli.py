@@ -330,6 +330,20 @@ class TestDistill:
         assert "Mined: 9 pairs" in err
         assert "dev Pearson: teacher" in err
 
+    def test_texts_for_transfer(self, run: Callable[..., tuple[int, str, str]], place: Path) -> None:
+        (place / "book.txt").write_text(" ".join(WORDS * 10), encoding="utf-8")
+        line = "distill bert out --data pairs --teacher-scores pairs/teacher --epochs 1 --evaluations 1"
+        line += " --transfer-texts book.txt --transfer-epochs 0.5"
+        code, out, _ = run(f"{line} --students softmax,hedgehog --json")
+        assert code == 0
+        students = {name: made[0] for name, made in json.loads(out)["students"].items()}
+        assert students["softmax"]["transfer_texts"] == {}
+        assert list(students["hedgehog"]["transfer_texts"]) == ["book.txt"]
+        assert students["hedgehog"]["settings"]["transfer_epochs"] == 0.5
+        code, _, err = run(f"{line} --students softmax")
+        assert code == 2
+        assert "--transfer-texts book.txt has no use: no student is transferred to" in one_line_error(err)
+
     def test_a_name_says_its_transfer(self, run: Callable[..., tuple[int, str, str]], place: Path) -> None:
         line = "distill bert out --data pairs --epochs 1 --evaluations 1 --alpha 0 --transfer none"
         code, out, _ = run(f"{line} --students softmax,hedgehog,hedgehog+all --json")
@@ -509,7 +523,7 @@ class TestErrors:
             (f"{DISTILL} --objective x", "unknown objective 'x'; choose one of: mse, cosent"),
             (
                 f"{DISTILL} --students x",
-                "unknown student 'x'; write MAP[:features][@window], MAP being one of softmax",
+                "unknown student 'x'; write MAP[:features][@window][+TRANSFER], MAP being one of softmax",
             ),
             (f"{DISTILL} --students hedgehog@-1", "unknown student 'hedgehog@-1'; write MAP[:features][@window]"),
             (f"{DISTILL} --students elu:8", "'elu' has no option 'num_features'"),

@@ -337,6 +337,25 @@ class TestStudents:
         assert record["transferred"]["pearson"] != pytest.approx(record["untrained"]["pearson"], abs=1e-6)
         assert record["transferred"]["n"] == 10
 
+    def test_texts_are_transferred_on_besides_the_sentences(
+        self, make: Callable[..., dict[str, Any]], pairs: Pairs, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        read: list[list[str]] = []
+        monkeypatch.setattr(recipe, "transfer_model", lambda model, student, sentences, *rest: read.append(sentences))
+        student, settings = replace(STUDENT, transfer="all", window=0), replace(SETTINGS, epochs=1, lengths=())
+        texts = {"a.txt": " ".join(WORDS * 10), "b.txt": " ".join(reversed(WORDS * 10))}
+        record = make(student=student, settings=settings, texts=texts)
+        sentences = training_sentences(pairs.train)
+        assert read[0][: len(sentences)] == sentences
+        added = read[0][len(sentences) :]
+        assert max(len(passage.split()) for passage in added) <= 30
+        assert set(" ".join(added).split()) == set(WORDS)
+        assert list(record["transfer_texts"]) == ["a.txt", "b.txt"]
+        assert make(student=student, settings=settings, texts=texts) == record
+        assert make(student=student, settings=settings, texts={"a.txt": texts["b.txt"]}) != record
+        untransferred = make(student=replace(student, transfer="none"), settings=settings, texts=texts)
+        assert untransferred["transfer_texts"] == {}
+
     def test_half_precision_is_left_behind(self, make: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
         record = make(settings=replace(SETTINGS, half=True, lengths=()), student=replace(STUDENT, transfer="maps"))
         model = st_linear.load(str(tmp_path / "model"))

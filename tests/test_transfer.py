@@ -48,16 +48,17 @@ def run(model: SentenceTransformer, book: dict[str, str], folder: Path, **change
 
 
 class TestTransfer:
-    def test_vectors_come_closer_and_the_encoder_stays(
-        self, bert: str, model: SentenceTransformer, book: dict[str, str], tmp_path: Path
-    ) -> None:
+    def test_vectors_come_closer_and_the_encoder_stays(self, bert: str, book: dict[str, str], tmp_path: Path) -> None:
+        # With 16 features it is luck how good the start is that a seed draws, as much as twelve steps teach.
+        conversion = {**CONVERSION, "feature_map_kwargs": {"num_features": 64}}
+        model = convert(bert, **conversion)
         record = run(model, book, tmp_path / "training")
         before, after = record["held_out"]["before"], record["held_out"]["after"]
         assert set(before) == set(after) == {"48", "96"}
         for length in before:
             assert 1 - after[length]["cosine"] < 0.6 * (1 - before[length]["cosine"])
         plain, _ = split_state_dict(model[0].model)
-        assert_close(plain, split_state_dict(convert(bert, **CONVERSION)[0].model)[0], rtol=0, atol=0)
+        assert_close(plain, split_state_dict(convert(bert, **conversion)[0].model)[0], rtol=0, atol=0)
         assert all(parameter.requires_grad for parameter in model.parameters())
         assert record["steps"] == 12
         assert record["texts"] == {"book.txt": len(book["book.txt"])}
