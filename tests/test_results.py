@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from st_linear import markdown, tables
+from st_linear import markdown, recipe, tables
 from st_linear.benchmarks import report
 from st_linear.export import TOLERANCE
 from st_linear.protocols import protocol_names
@@ -35,6 +35,16 @@ def test_the_table_of_students_is_made_from_the_record(readme: str) -> None:
     record = json.loads((RESULTS / "stsb" / "record.json").read_text(encoding="utf-8"))
     table = tables.as_markdown(tables.distilled(record))
     assert (RESULTS / "stsb" / "table.md").read_text(encoding="utf-8") == table
+    assert table in readme
+
+
+def test_the_table_over_seeds_is_made_from_the_record(readme: str) -> None:
+    record = json.loads((RESULTS / "seeds" / "record.json").read_text(encoding="utf-8"))
+    assert {len(seeds) for seeds in record["students"].values()} == {5}
+    assert record["summary"] == json.loads(json.dumps(recipe.over_seeds(record["students"])))
+    assert record["steps_to_control"] == json.loads(json.dumps(recipe.steps_to_control(record["students"])))
+    table = tables.as_markdown(tables.distilled_over_seeds(record))
+    assert (RESULTS / "seeds" / "table.md").read_text(encoding="utf-8") == table
     assert table in readme
 
 
