@@ -63,8 +63,7 @@ def plot_fidelity(results: dict[str, dict[str, dict[str, float]]], path: str | P
         lengths = sorted(by_length, key=int)
         points = [by_length[length] for length in lengths]
         mean, low = (_column("results", title, points, key) for key in ("cosine", "cosine_p5"))
-        # A little apart, so that bars at the same length stay legible.
-        apart = 2 ** (0.06 * (index - (len(results) - 1) / 2))
+        apart = _beside(index, len(results))
         # Of few texts with one far off, the mean may be below.
         below = [max(0.0, most - least) for most, least in zip(mean, low)]
         axes.errorbar(
@@ -169,8 +168,7 @@ def _draw_lengths(
         points = sorted(
             zip(tokens, columns["pearson"], columns["pearson_low"], columns["pearson_high"], pairs, strict=True)
         )
-        # A little apart, so that the bars of models measured at the same length stay legible.
-        apart = 2 ** (0.06 * (index - (len(results) - 1) / 2))
+        apart = _beside(index, len(results))
         # One line for each set of pairs: figures on other pairs are no continuation.
         for number, same in enumerate(dict.fromkeys(pairs)):
             part = [point for point in points if point[4] == same]
@@ -232,6 +230,11 @@ def _style(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="0.9")
     axes.set_axisbelow(True)
+
+
+def _beside(index: int, lines: int) -> float:
+    """A factor on the lengths of a line among some: a little apart, bars at the same length stay legible."""
+    return 2 ** (0.06 * (index - (lines - 1) / 2))
 
 
 def _line(index: int) -> dict[str, Any]:

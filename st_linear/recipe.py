@@ -431,7 +431,11 @@ def transfer_model(
     settings: Settings,
     show_progress_bar: bool,
 ) -> None:
-    """Attention transfer as the student asks for it: its maps on long texts, or all of it on the sentences."""
+    """Attention transfer as the student asks for it: its maps on long texts, or all of it on the sentences.
+
+    Raises:
+        ValueError: If attention is exact in every text, so that there is nothing to learn.
+    """
     if student.transfer == "none":
         return
     texts, batch_size, steps = list(sentences), settings.batch_size, -1

@@ -132,7 +132,7 @@ def reached(curve: Sequence[dict[str, Any]], target: float, unit: str) -> float 
     Args:
         curve: Points in the order of training.
         target: The Pearson.
-        unit: What its points count: ``"step"``, ``"examples"``, ``"tokens"``, ``"seconds"``.
+        unit: What its points count: ``"step"``, ``"examples"``, ``"tokens"``, ``"seconds"``, or more that was added.
 
     Returns:
         The amount, 0 where it was there before training, None where it never was.
