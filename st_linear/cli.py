@@ -11,6 +11,7 @@ import sys
 import traceback
 from contextlib import redirect_stdout
 from dataclasses import asdict, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -348,14 +349,14 @@ def distill(
         str,
         typer.Option(
             help="MAP[:features][@window][+TRANSFER], comma-separated; 'softmax' is the control that others are set "
-            "against, and TRANSFER is 'none', 'maps' or 'all'."
+            "against, and TRANSFER is 'none', 'maps', 'all' or 'after'."
         ),
     ] = "hedgehog@64",
     transfer: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
-            help="Attention transfer first, where a student's name doesn't say: 'none', 'maps' or 'all'; by default "
-            "'maps' with a window, 'all' without."
+            help="Attention transfer, where a student's name doesn't say: first to its 'maps' or to 'all' of it, "
+            "'after' distilling it with softmax attention, or 'none'; by default 'maps' with a window, 'all' without."
         ),
     ] = None,
     transfer_texts: Annotated[
@@ -400,7 +401,7 @@ def distill(
     from st_linear.plots import plot_learning_curves
     from st_linear.recipe import Pairs, base_name, distil, mean_curve, over_seeds, prepare_teacher, steps_to_control
     from st_linear.records import environment, write_json, write_text
-    from st_linear.settings import Settings, Student
+    from st_linear.settings import CONTROL, Settings, Student
 
     _check_plot(output / "learning.svg")
     texts = None if transfer_texts is None else load_texts(transfer_texts)
@@ -444,10 +445,13 @@ def distill(
     for seed in draws:
         for name, student in wanted.items():
             _say(f"[bold]{name}[/bold], seed {seed}")
+            make = partial(distil, base=model, pairs=pairs, teacher=taught, settings=replace(settings, seed=seed))
+            control = _student_folder(output, CONTROL.feature_map, seed)
+            if student.transfer == "after":
+                _say(f"It begins with the softmax student, in {control}")
+                make(CONTROL.feature_map, CONTROL, output=control)
             folder = _student_folder(output, name, seed)
-            drawn = replace(settings, seed=seed)
-            made = distil(name, student, model, pairs, taught, folder, settings=drawn, texts=texts)
-            records[name].append(made)
+            records[name].append(make(name, student, output=folder, texts=texts, control=control))
     plot_learning_curves({name: mean_curve(made) for name, made in records.items()}, output / "learning.svg")
     result = {
         "data": pairs.source,

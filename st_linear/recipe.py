@@ -49,7 +49,7 @@ from st_linear.records import (
     reset_peak_memory,
     write_json,
 )
-from st_linear.settings import Settings, Student
+from st_linear.settings import CONTROL, Settings, Student
 from st_linear.teachers import (
     add_teacher_scores,
     is_score_folder,
@@ -240,9 +240,10 @@ def distil(
     *,
     settings: Settings,
     texts: Mapping[str, str] | None = None,
+    control: Path | None = None,
     show_progress_bar: bool = True,
 ) -> dict[str, Any]:
-    """Make one student: convert, transfer, distil, evaluate, save.
+    """Make one student: convert, transfer, distil, evaluate, save; or take the distilled control, convert, transfer.
 
     A student that is finished in ``output`` under the same settings, from the same pairs, is not made again.
 
@@ -255,10 +256,18 @@ def distil(
         output: Folder of the student: ``model/`` and ``record.json``.
         settings: Budget and evaluation.
         texts: Plain texts by name, for transfer besides the training sentences, in passages of 32 tokens.
+        control: Folder of the softmax student, made by this function with the same arguments. What
+            ``transfer="after"`` begins with; others don't read it.
         show_progress_bar: Show progress.
 
     Returns:
-        The record: settings, learning curve, final figures by length, throughput, peak memory.
+        The record: settings, learning curve, final figures by length, seconds, peak memory. After
+        ``transfer="after"`` the curve has one point, behind all steps, and the seconds of distillation are the
+        control's.
+
+    Raises:
+        ValueError: If ``control`` is missing where it is needed, or was made otherwise.
+        FileNotFoundError: If no student is finished in ``control``.
     """
     settings = replace(settings, alpha=settings.alpha if teacher is not None else 0.0)
     texts = {} if texts is None or student.transfer == "none" else texts
@@ -274,6 +283,11 @@ def distil(
     }
     path, folder = output / "record.json", output / "model"
     check_model_folder(folder)
+    if student.transfer != "after":
+        control = None
+    elif control is None:
+        raise ValueError("transfer='after' begins with the distilled softmax student: pass its folder as control")
+    distilled = None if control is None else _control_record(control, asked)
     if path.is_file() and folder.is_dir():
         record = read_json(path)
         if all(record.get(key) == value for key, value in asked.items()):
@@ -283,18 +297,29 @@ def distil(
     set_seed(settings.seed)
     model = convert_student(base, student, settings)
     _check_lengths(model, pairs, settings)
-    measure = partial(evaluate_model, model, pairs.test, Settings(lengths=()), show_progress_bar=show_progress_bar)
-    untrained = measure()["natural"]
+    measure = partial(evaluate_model, settings=Settings(lengths=()), show_progress_bar=show_progress_bar)
+    untrained = measure(model, pairs.test)["natural"]
+    if control is not None:
+        model = convert_student(str(control / "model"), student, settings)
     started = time.perf_counter()
     sentences = training_sentences(pairs.train)
     for text in texts.values():
         sentences += passages(text, model.tokenizer, _PASSAGE_TOKENS)
     transfer_model(model, student, sentences, output, settings, show_progress_bar)
-    transferred = time.perf_counter()
-    after_transfer = None if student.transfer == "none" else measure()["natural"]
-    began = time.perf_counter()
-    curve = _train(model, pairs, teacher, output, settings, show_progress_bar)
-    trained = time.perf_counter()
+    seconds = {"transfer": time.perf_counter() - started}
+    after_transfer = None
+    if distilled is None:
+        if student.transfer != "none":
+            after_transfer = measure(model, pairs.test)["natural"]
+        started = time.perf_counter()
+        curve = _train(model, pairs, teacher, output, settings, show_progress_bar)
+        seconds["distillation"] = time.perf_counter() - started
+    else:
+        figures = measure(model, pairs.dev)["natural"]
+        if figures["undefined"]:
+            raise ValueError(f"the student can't be measured on dev after transfer: {figures['undefined']}")
+        curve = [distilled["curve"][-1] | {metric: figures[metric] for metric in METRICS}]
+        seconds["distillation"] = distilled["seconds"]["distillation"]
     # Its card tells of the final figures, not of each point of the curve.
     card: Any = model.model_card_data
     card.eval_results_dict.clear()
@@ -318,10 +343,22 @@ def distil(
         "transferred": after_transfer,
         "curve": curve,
         "final": final,
-        "seconds": {"transfer": transferred - started, "distillation": trained - began},
+        "seconds": seconds,
         "peak_memory_mib": peak_memory_mib(),
     }
     write_json(path, record)
+    return record
+
+
+def _control_record(control: Path, asked: dict[str, Any]) -> dict[str, Any]:
+    """What the softmax student's folder says of it, if it was made as is asked of the one that begins with it."""
+    if not (control / "record.json").is_file():
+        raise FileNotFoundError(f"{control} holds no finished student")
+    record = read_json(control / "record.json")
+    wanted = {**asked, "student": as_json(asdict(CONTROL))}
+    for key in ("student", "settings", "base", "pairs", "teacher"):
+        if record.get(key) != wanted[key]:
+            raise ValueError(f"{control} holds another student than transfer='after' needs: not the same {key}")
     return record
 
 
@@ -367,8 +404,9 @@ def steps_to_control(students: dict[str, list[dict[str, Any]]]) -> dict[str, dic
 
     Returns:
         By name and percentage (``"95"``, ``"99"``), the mean over seeds of the steps until dev Pearson is at that
-        share of the final one of the softmax student of the same seed, linear between the points of the curve; 0 where
-        it was there before the first step, None where a seed never was. Nothing without a control.
+        share of the final one of the softmax student of the same seed, linear between the points of the curve; the
+        steps of its first point where it was there already (0 but for ``transfer="after"``), None where a seed never
+        was. Nothing without a control.
     """
     control = _control(students)
     if control is None:
@@ -431,15 +469,16 @@ def transfer_model(
     settings: Settings,
     show_progress_bar: bool,
 ) -> None:
-    """Attention transfer as the student asks for it: its maps on long texts, or all of it on the sentences.
+    """Attention transfer as the student asks for it: to its maps on long texts, or to all of it on the sentences.
 
     Raises:
         ValueError: If attention is exact in every text, so that there is nothing to learn.
     """
-    if student.transfer == "none":
+    train = student.transferred_to
+    if train == "none":
         return
     texts, batch_size, steps = list(sentences), settings.batch_size, -1
-    if student.transfer == "maps":
+    if train == "maps":
         texts, batch_size, steps = long_texts(model, sentences, student.window, settings), 4, settings.transfer_steps
     encoder: Any = model[0]
     longest = max(token_counts(texts, model.tokenizer))
@@ -450,9 +489,9 @@ def transfer_model(
         )
     calibrate(encoder, texts, seed=settings.seed)
     rate, pooled = settings.maps_learning_rate, 0.0
-    if student.transfer == "all":
+    if train == "all":
         rate, pooled = 15 * settings.transfer_learning_rate, settings.transfer_pooled
-    loss = AttentionTransferLoss(model, train=student.transfer, pooled=pooled)
+    loss = AttentionTransferLoss(model, train=train, pooled=pooled)
     arguments = training_arguments(
         output,
         settings,

@@ -10,7 +10,7 @@ from st_linear.conversion import check_settings
 from st_linear.feature_maps import feature_map_names
 from st_linear.losses import Head, Objective, TeacherActivation, check_choice
 
-Transfer = Literal["none", "maps", "all"]
+Transfer = Literal["none", "maps", "all", "after"]
 
 ATTENTION_FORM = "MAP[:features][@window]"
 """How attention is named in one word: ``hedgehog``, ``favor:128``, ``hedgehog@64``."""
@@ -44,12 +44,14 @@ def read_attention_name(name: str) -> tuple[str, int | None, int] | None:
 
 @dataclass(frozen=True)
 class Student:
-    """How a student attends, and what it is taught before distillation.
+    """How a student attends, and the attention transfer beside its distillation.
 
     Attributes:
         feature_map: Name of a feature map; ``softmax`` is the control.
         window: Near window in tokens; 0 = purely linear.
-        transfer: Attention transfer first: ``"none"``, to the ``"maps"`` alone, or to ``"all"`` of the student.
+        transfer: Attention transfer before distillation: ``"none"``, to the ``"maps"`` alone, or to ``"all"`` of the
+            student. ``"after"``: the encoder is distilled with its softmax attention, and transfer follows, to the
+            maps with a window, to all without.
         feature_map_kwargs: Options of the map.
         exact_layers: Layers that keep softmax.
     """
@@ -71,14 +73,21 @@ class Student:
         if self.feature_map == "softmax" and self.transfer != "none":
             raise ValueError(f"feature_map='softmax' is what transfer={self.transfer!r} aims at: pass transfer='none'")
 
+    @property
+    def transferred_to(self) -> Literal["none", "maps", "all"]:
+        """What transfer trains."""
+        if self.transfer == "after":
+            return "maps" if self.window else "all"
+        return self.transfer
+
     @classmethod
     def named(cls, name: str, transfer: Transfer | None = None) -> Student:
         """The student that attends as its name says.
 
         Args:
             name: In :data:`STUDENT_FORM`; ``softmax`` is the control.
-            transfer: What it is taught first, where its name doesn't say; None = its ``"maps"`` with a window,
-                ``"all"`` of it without one. The control is taught nothing, whatever this says.
+            transfer: Its transfer, where its name doesn't say; None = first to its ``"maps"`` with a window, to
+                ``"all"`` of it without one. The control has none, whatever this says.
 
         Raises:
             ValueError: If the name has another form, or there is no such map, transfer or option.
@@ -97,8 +106,11 @@ class Student:
         return cls(feature_map, window, chosen, None if features is None else {"num_features": features})
 
 
+CONTROL = Student("softmax", window=0, transfer="none")
+"""What the others are set against, and what those that are transferred to after distillation are made of."""
+
 STUDENTS = {
-    "softmax student": Student("softmax", window=0, transfer="none"),
+    "softmax student": CONTROL,
     "near/far student": Student("hedgehog", window=64, transfer="maps"),
     "linear student": Student("hedgehog", window=0, transfer="all"),
 }

@@ -135,12 +135,12 @@ def reached(curve: Sequence[dict[str, Any]], target: float, unit: str) -> float 
         unit: What its points count: ``"step"``, ``"examples"``, ``"tokens"``, ``"seconds"``, or more that was added.
 
     Returns:
-        The amount, 0 where it was there before training, None where it never was.
+        The amount, that of the first point (as a rule 0) where it was there already, None where it never was.
     """
     for index, point in enumerate(curve):
         if point["pearson"] >= target:
             if index == 0:
-                return 0.0
+                return float(point[unit])
             before = curve[index - 1]
             share = (target - before["pearson"]) / (point["pearson"] - before["pearson"])
             return before[unit] + share * (point[unit] - before[unit])

@@ -353,15 +353,28 @@ class TestDistill:
         assert transfers == {"softmax": "none", "hedgehog": "none", "hedgehog+all": "all"}
         assert result["steps_to_control"].keys() == transfers.keys()
         for wrong, message in (
-            ("hedgehog+some", "unknown transfer 'some'; choose one of: none, maps, all"),
-            ("softmax+", "unknown transfer ''; choose one of: none, maps, all"),
+            ("hedgehog+some", "unknown transfer 'some'; choose one of: none, maps, all, after"),
+            ("softmax+", "unknown transfer ''; choose one of: none, maps, all, after"),
             ("softmax+all", "feature_map='softmax' is what transfer='all' aims at: pass transfer='none'"),
             ("heghog+all", "unknown student 'heghog+all'; write MAP[:features][@window][+TRANSFER]"),
-            ("softmax --transfer some", "unknown transfer 'some'; choose one of: none, maps, all"),
+            ("softmax --transfer some", "unknown transfer 'some'; choose one of: none, maps, all, after"),
         ):
             code, _, err = run(f"distill bert out --data pairs --students {wrong}")
             assert code == 2
             assert message in one_line_error(err)
+
+    def test_what_is_transferred_to_after_distillation_begins_with_the_control(
+        self, run: Callable[..., tuple[int, str, str]], place: Path
+    ) -> None:
+        line = "distill bert out --data pairs --epochs 1 --evaluations 1 --alpha 0 --seeds 3 --json --students"
+        code, out, _ = run(f"{line} hedgehog+after")
+        assert code == 0
+        result = json.loads(out)
+        assert list(result["students"]) == ["hedgehog+after"]
+        control = read_json(place / "out" / "softmax" / "seed-3" / "record.json")
+        code, out, _ = run(f"{line} softmax,hedgehog+after")
+        assert code == 0
+        assert json.loads(out)["students"] == {"softmax": [control], **result["students"]}
 
     def test_gold_alone_asks_no_teacher(self, run: Callable[..., tuple[int, str, str]], place: Path) -> None:
         code, out, err = run("distill bert out --data pairs --transfer none --epochs 1 --alpha 0")
@@ -518,7 +531,7 @@ class TestErrors:
             ("evaluate pairs --data pairs", "'pairs' holds no model: neither modules.json nor config.json"),
             ("evaluate bert --data pairs --output bert/config.json", "bert/config.json"),
             ("evaluate bert --data pairs --plot x.pdf", "path='x.pdf' must end in .svg or .png"),
-            (f"{DISTILL} --transfer x", "unknown transfer 'x'; choose one of: none, maps, all"),
+            (f"{DISTILL} --transfer x", "unknown transfer 'x'; choose one of: none, maps, all, after"),
             (f"{DISTILL} --head x", "unknown head 'x'; choose one of: cosine, dse"),
             (f"{DISTILL} --objective x", "unknown objective 'x'; choose one of: mse, cosent"),
             (

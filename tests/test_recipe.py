@@ -28,7 +28,7 @@ from st_linear.models import save_model
 from st_linear.pair_head import PairScorer, find_dse_head
 from st_linear.recipe import Pairs, Teacher, distil, prepare_teacher
 from st_linear.records import read_json
-from st_linear.settings import _POSITIVE_SETTINGS, Settings, Student
+from st_linear.settings import _POSITIVE_SETTINGS, CONTROL, Settings, Student
 
 ROWS = {"train": 20, "dev": 8, "test": 10}
 # 3 steps an epoch, the last of 4 pairs.
@@ -355,6 +355,58 @@ class TestStudents:
         assert make(student=student, settings=settings, texts={"a.txt": texts["b.txt"]}) != record
         untransferred = make(student=replace(student, transfer="none"), settings=settings, texts=texts)
         assert untransferred["transfer_texts"] == {}
+
+    @pytest.mark.parametrize("head", ["cosine", "dse"])
+    def test_after_distillation(
+        self, make: Callable[..., dict[str, Any]], bert: str, pairs: Pairs, tmp_path: Path, head: Any
+    ) -> None:
+        settings = replace(SETTINGS, epochs=1, lengths=(), head=head, learning_rate=3e-3)
+        control = make(student=CONTROL, settings=settings, output=tmp_path / "control")
+        student = Student("learned_favor", window=0, transfer="after")
+        record = make(student=student, settings=settings, control=tmp_path / "control", output=tmp_path / "after")
+        bare = make(student=replace(student, transfer="none"), settings=settings, output=tmp_path / "bare")
+        assert record["untrained"]["pearson"] == bare["untrained"]["pearson"]
+        assert record["transferred"] is None
+        (point,), last = record["curve"], control["curve"][-1]
+        assert [point[unit] for unit in ("step", "examples")] == [last["step"], last["examples"]] == [3, 20]
+        assert point["pearson"] != last["pearson"]
+        assert record["seconds"]["distillation"] == control["seconds"]["distillation"]
+        assert (
+            make(student=student, settings=settings, control=tmp_path / "control", output=tmp_path / "after") == record
+        )
+        # Transfer aims at the control's vectors: they are nearer than those of the encoder that was distilled.
+        after, distilled = (st_linear.load(str(tmp_path / name / "model")) for name in ("after", "control"))
+        texts = training_sentences(pairs.train)
+        vectors, aim, source = (
+            m.encode(texts, convert_to_tensor=True) for m in (after, distilled, st_linear.load(bert))
+        )
+        near, far = (torch.cosine_similarity(vectors, other).mean() for other in (aim, source))
+        assert near > far
+
+    def test_after_distillation_maps_alone_learn(self, make: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+        settings = replace(SETTINGS, epochs=1, lengths=(), transfer_steps=2)
+        make(student=CONTROL, settings=settings, output=tmp_path / "control")
+        student = Student("hedgehog", window=8, transfer="after")
+        record = make(student=student, settings=settings, control=tmp_path / "control", output=tmp_path / "after")
+        control, after = (st_linear.load(str(tmp_path / name / "model")) for name in ("control", "after"))
+        weights = dict(after[0].model.named_parameters())
+        for name, parameter in control[0].model.named_parameters():
+            assert torch.equal(parameter, weights[name]), name
+        fresh = st_linear.convert(control, feature_map="hedgehog", window=8, seed=settings.seed)
+        maps = [name for name in weights if "linear_attention" in name]
+        assert maps
+        assert all(not torch.equal(weights[n], p) for n, p in fresh[0].model.named_parameters() if n in maps)
+        assert record["student"]["transfer"] == "after"
+
+    def test_after_distillation_of_what(self, make: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+        student = Student("hedgehog", window=0, transfer="after")
+        with refused("transfer='after' begins with the distilled softmax student: pass its folder as control"):
+            make(student=student)
+        with refused("control holds no finished student", FileNotFoundError):
+            make(student=student, control=tmp_path / "control")
+        make(student=CONTROL, settings=replace(SETTINGS, epochs=1), output=tmp_path / "control")
+        with refused("control holds another student than transfer='after' needs: not the same settings"):
+            make(student=student, control=tmp_path / "control")
 
     def test_half_precision_is_left_behind(self, make: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
         record = make(settings=replace(SETTINGS, half=True, lengths=()), student=replace(STUDENT, transfer="maps"))

@@ -62,6 +62,7 @@ def test_reached_is_linear_between_points() -> None:
     assert reached(curve, 0.6, "step") == pytest.approx(5)
     assert reached(curve, 0.7, "tokens") == pytest.approx(3750)
     assert reached(curve, 0.3, "tokens") == 0
+    assert reached(curve[1:], 0.3, "tokens") == curve[1]["tokens"] > 0
     assert reached(curve, 0.81, "tokens") is None
 
 
