@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import random
+import re
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -255,7 +256,8 @@ def distil(
         teacher: Scores to distil; None trains on gold scores alone.
         output: Folder of the student: ``model/`` and ``record.json``.
         settings: Budget and evaluation.
-        texts: Plain texts by name, for transfer besides the training sentences, in passages of 32 tokens.
+        texts: Plain texts by name, for transfer besides the training sentences: their paragraphs, which blank lines
+            part, the longer ones cut into passages of 32 tokens.
         control: Folder of the softmax student, made by this function with the same arguments. What
             ``transfer="after"`` begins with; others don't read it.
         show_progress_bar: Show progress.
@@ -270,7 +272,9 @@ def distil(
         FileNotFoundError: If no student is finished in ``control``.
     """
     settings = replace(settings, alpha=settings.alpha if teacher is not None else 0.0)
-    texts = {} if texts is None or student.transfer == "none" else texts
+    texts = {} if texts is None else texts
+    if student.transfer == "none":
+        settings, texts = settings.without_transfer(), {}
     asked = {
         "name": name,
         "student": as_json(asdict(student)),
@@ -287,7 +291,7 @@ def distil(
         control = None
     elif control is None:
         raise ValueError("transfer='after' begins with the distilled softmax student: pass its folder as control")
-    distilled = None if control is None else _control_record(control, asked)
+    distilled = None if control is None else _control_record(control, asked, settings)
     if path.is_file() and folder.is_dir():
         record = read_json(path)
         if all(record.get(key) == value for key, value in asked.items()):
@@ -304,7 +308,8 @@ def distil(
     started = time.perf_counter()
     sentences = training_sentences(pairs.train)
     for text in texts.values():
-        sentences += passages(text, model.tokenizer, _PASSAGE_TOKENS)
+        for paragraph in re.split(r"\n\s*\n", text.strip()):
+            sentences += passages(paragraph, model.tokenizer, _PASSAGE_TOKENS) or [paragraph]
     transfer_model(model, student, sentences, output, settings, show_progress_bar)
     seconds = {"transfer": time.perf_counter() - started}
     after_transfer = None
@@ -350,12 +355,16 @@ def distil(
     return record
 
 
-def _control_record(control: Path, asked: dict[str, Any]) -> dict[str, Any]:
+def _control_record(control: Path, asked: dict[str, Any], settings: Settings) -> dict[str, Any]:
     """What the softmax student's folder says of it, if it was made as is asked of the one that begins with it."""
     if not (control / "record.json").is_file():
         raise FileNotFoundError(f"{control} holds no finished student")
     record = read_json(control / "record.json")
-    wanted = {**asked, "student": as_json(asdict(CONTROL))}
+    wanted = {
+        **asked,
+        "student": as_json(asdict(CONTROL)),
+        "settings": as_json(asdict(settings.without_transfer())),
+    }
     for key in ("student", "settings", "base", "pairs", "teacher"):
         if record.get(key) != wanted[key]:
             raise ValueError(f"{control} holds another student than transfer='after' needs: not the same {key}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from st_linear.conversion import check_settings
@@ -30,6 +30,15 @@ _POSITIVE_SETTINGS = (
     "transfer_learning_rate",
     "evaluations",
     "max_seq_length",
+)
+
+
+_TRANSFER_SETTINGS = (
+    "transfer_epochs",
+    "transfer_steps",
+    "maps_learning_rate",
+    "transfer_learning_rate",
+    "transfer_pooled",
 )
 
 
@@ -182,3 +191,8 @@ class Settings:
         for name in _POSITIVE_SETTINGS:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
+
+    def without_transfer(self) -> Settings:
+        """The same for a student that is not transferred to: what transfer costs has no say, and is the default."""
+        defaults = {field.name: field.default for field in fields(self) if field.name in _TRANSFER_SETTINGS}
+        return replace(self, **defaults)  # type: ignore[arg-type]

@@ -343,13 +343,14 @@ class TestStudents:
         read: list[list[str]] = []
         monkeypatch.setattr(recipe, "transfer_model", lambda model, student, sentences, *rest: read.append(sentences))
         student, settings = replace(STUDENT, transfer="all", window=0), replace(SETTINGS, epochs=1, lengths=())
-        texts = {"a.txt": " ".join(WORDS * 10), "b.txt": " ".join(reversed(WORDS * 10))}
+        texts = {"a.txt": " ".join(WORDS * 10) + "\n\nbo di\n \nka lu\n", "b.txt": " ".join(reversed(WORDS * 10))}
         record = make(student=student, settings=settings, texts=texts)
         sentences = training_sentences(pairs.train)
         assert read[0][: len(sentences)] == sentences
         added = read[0][len(sentences) :]
         assert max(len(passage.split()) for passage in added) <= 30
         assert set(" ".join(added).split()) == set(WORDS)
+        assert {"bo di", "ka lu"} < set(added)
         assert list(record["transfer_texts"]) == ["a.txt", "b.txt"]
         assert make(student=student, settings=settings, texts=texts) == record
         assert make(student=student, settings=settings, texts={"a.txt": texts["b.txt"]}) != record
