@@ -578,6 +578,15 @@ class TestAgain:
         monkeypatch.setattr(recipe, "convert", crash)
         assert make() == record
 
+    def test_what_transfer_costs_has_no_say_without_it(
+        self, made: tuple[Path, dict[str, Any]], make: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(recipe, "convert", crash)
+        costly = replace(SETTINGS, transfer_epochs=9, transfer_learning_rate=1.0)
+        assert make(output=made[0], settings=costly) == made[1]
+        with pytest.raises(Crash):
+            make(output=made[0], settings=costly, student=replace(STUDENT, transfer="maps"))
+
     @pytest.mark.parametrize(
         "changed",
         [
