@@ -263,7 +263,7 @@ class AttentionTransferLoss(nn.Module):
         - The Hedgehog & the Porcupine: https://arxiv.org/abs/2402.04347 (attention transfer, there of weights)
 
     Relations:
-        - :class:`DistillationLoss` is the step after it.
+        - :class:`DistillationLoss` is the step after it, or before it.
 
     Example:
         ::

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -257,15 +257,15 @@ def distil(
         output: Folder of the student: ``model/`` and ``record.json``.
         settings: Budget and evaluation.
         texts: Plain texts by name, for transfer besides the training sentences: their paragraphs, which blank lines
-            part, the longer ones cut into passages of 32 tokens.
+            part. The longer ones are cut into passages of 32 tokens, and what is left at the end is dropped.
         control: Folder of the softmax student, made by this function with the same arguments. What
             ``transfer="after"`` begins with; others don't read it.
         show_progress_bar: Show progress.
 
     Returns:
-        The record: settings, learning curve, final figures by length, seconds, peak memory. After
-        ``transfer="after"`` the curve has one point, behind all steps, and the seconds of distillation are the
-        control's.
+        The record: settings, learning curve, final figures by length, seconds, peak memory. With
+        ``transfer="after"`` ``transferred`` is None, as ``final`` says it; the curve has one point, behind all steps;
+        the seconds of distillation are the control's, and peak memory is without it.
 
     Raises:
         ValueError: If ``control`` is missing where it is needed, or was made otherwise.
@@ -287,16 +287,16 @@ def distil(
     }
     path, folder = output / "record.json", output / "model"
     check_model_folder(folder)
-    if student.transfer != "after":
-        control = None
-    elif control is None:
-        raise ValueError("transfer='after' begins with the distilled softmax student: pass its folder as control")
-    distilled = None if control is None else _control_record(control, asked, settings)
     if path.is_file() and folder.is_dir():
         record = read_json(path)
         if all(record.get(key) == value for key, value in asked.items()):
             logger.info("%s is finished in %s", name, output)
             return record
+    if student.transfer != "after":
+        control = None
+    elif control is None:
+        raise ValueError("transfer='after' begins with the distilled softmax student: pass its folder as control")
+    distilled = None if control is None else _control_record(control, asked, settings)
     reset_peak_memory()
     set_seed(settings.seed)
     model = convert_student(base, student, settings)
@@ -304,12 +304,14 @@ def distil(
     measure = partial(evaluate_model, settings=Settings(lengths=()), show_progress_bar=show_progress_bar)
     untrained = measure(model, pairs.test)["natural"]
     if control is not None:
-        model = convert_student(str(control / "model"), student, settings)
+        bare, model = model, convert_student(str(control / "model"), student, settings)
+        _name_after(model, bare)
     started = time.perf_counter()
     sentences = training_sentences(pairs.train)
     for text in texts.values():
         for paragraph in re.split(r"\n\s*\n", text.strip()):
-            sentences += passages(paragraph, model.tokenizer, _PASSAGE_TOKENS) or [paragraph]
+            if paragraph:
+                sentences += passages(paragraph, model.tokenizer, _PASSAGE_TOKENS) or [paragraph]
     transfer_model(model, student, sentences, output, settings, show_progress_bar)
     seconds = {"transfer": time.perf_counter() - started}
     after_transfer = None
@@ -320,7 +322,8 @@ def distil(
         curve = _train(model, pairs, teacher, output, settings, show_progress_bar)
         seconds["distillation"] = time.perf_counter() - started
     else:
-        figures = measure(model, pairs.dev)["natural"]
+        natural = replace(settings, lengths=())
+        figures = evaluate_model(model, pairs.dev, natural, show_progress_bar=show_progress_bar)["natural"]
         if figures["undefined"]:
             raise ValueError(f"the student can't be measured on dev after transfer: {figures['undefined']}")
         curve = [distilled["curve"][-1] | {metric: figures[metric] for metric in METRICS}]
@@ -357,18 +360,23 @@ def distil(
 
 def _control_record(control: Path, asked: dict[str, Any], settings: Settings) -> dict[str, Any]:
     """What the softmax student's folder says of it, if it was made as is asked of the one that begins with it."""
-    if not (control / "record.json").is_file():
+    if not (control / "record.json").is_file() or not (control / "model").is_dir():
         raise FileNotFoundError(f"{control} holds no finished student")
     record = read_json(control / "record.json")
-    wanted = {
-        **asked,
-        "student": as_json(asdict(CONTROL)),
-        "settings": as_json(asdict(settings.without_transfer())),
-    }
-    for key in ("student", "settings", "base", "pairs", "teacher"):
-        if record.get(key) != wanted[key]:
+    wanted = {key: asked[key] for key in ("base", "pairs", "teacher")}
+    wanted |= {"student": as_json(asdict(CONTROL)), "settings": as_json(asdict(settings.without_transfer()))}
+    for key, value in wanted.items():
+        if record.get(key) != value:
             raise ValueError(f"{control} holds another student than transfer='after' needs: not the same {key}")
     return record
+
+
+def _name_after(model: SentenceTransformer, base: SentenceTransformer) -> None:
+    """Have a model's card and adapter tell of the encoder that another comes from."""
+    encoder: Any = model[0]
+    card: Any = model.model_card_data
+    encoder.base_encoder = cast(Any, base[0]).base_encoder
+    card.inherit(base)
 
 
 def over_seeds(students: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, dict[str, Any]]]:

@@ -32,7 +32,6 @@ _POSITIVE_SETTINGS = (
     "max_seq_length",
 )
 
-
 _TRANSFER_SETTINGS = (
     "transfer_epochs",
     "transfer_steps",

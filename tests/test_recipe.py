@@ -23,7 +23,7 @@ from transformers import BertConfig, BertForSequenceClassification
 import st_linear
 from st_linear import evaluation, recipe, tables
 from st_linear.data import token_counts, training_sentences
-from st_linear.evaluation import correlation
+from st_linear.evaluation import METRICS, correlation
 from st_linear.models import save_model
 from st_linear.pair_head import PairScorer, find_dse_head
 from st_linear.recipe import Pairs, Teacher, distil, prepare_teacher
@@ -344,6 +344,7 @@ class TestStudents:
         monkeypatch.setattr(recipe, "transfer_model", lambda model, student, sentences, *rest: read.append(sentences))
         student, settings = replace(STUDENT, transfer="all", window=0), replace(SETTINGS, epochs=1, lengths=())
         texts = {"a.txt": " ".join(WORDS * 10) + "\n\nbo di\n \nka lu\n", "b.txt": " ".join(reversed(WORDS * 10))}
+        texts["blank.txt"] = "\n \n"
         record = make(student=student, settings=settings, texts=texts)
         sentences = training_sentences(pairs.train)
         assert read[0][: len(sentences)] == sentences
@@ -351,7 +352,8 @@ class TestStudents:
         assert max(len(passage.split()) for passage in added) <= 30
         assert set(" ".join(added).split()) == set(WORDS)
         assert {"bo di", "ka lu"} < set(added)
-        assert list(record["transfer_texts"]) == ["a.txt", "b.txt"]
+        assert "" not in added
+        assert list(record["transfer_texts"]) == ["a.txt", "b.txt", "blank.txt"]
         assert make(student=student, settings=settings, texts=texts) == record
         assert make(student=student, settings=settings, texts={"a.txt": texts["b.txt"]}) != record
         untransferred = make(student=replace(student, transfer="none"), settings=settings, texts=texts)
@@ -370,7 +372,11 @@ class TestStudents:
         assert record["transferred"] is None
         (point,), last = record["curve"], control["curve"][-1]
         assert [point[unit] for unit in ("step", "examples")] == [last["step"], last["examples"]] == [3, 20]
+        saved = st_linear.load(str(tmp_path / "after" / "model"))
+        dev = recipe.evaluate_model(saved, pairs.dev, settings, show_progress_bar=False)["natural"]
+        assert [point[metric] for metric in METRICS] == pytest.approx([dev[metric] for metric in METRICS], abs=1e-5)
         assert point["pearson"] != last["pearson"]
+        assert read_json(tmp_path / "after" / "model" / "adapter.json")["base"]["name"] == bert
         assert record["seconds"]["distillation"] == control["seconds"]["distillation"]
         assert (
             make(student=student, settings=settings, control=tmp_path / "control", output=tmp_path / "after") == record
