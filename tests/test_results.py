@@ -38,14 +38,16 @@ def test_the_table_of_students_is_made_from_the_record(readme: str) -> None:
     assert table in readme
 
 
-def test_the_table_over_seeds_is_made_from_the_record(readme: str) -> None:
-    record = json.loads((RESULTS / "seeds" / "record.json").read_text(encoding="utf-8"))
-    assert {len(seeds) for seeds in record["students"].values()} == {5}
+@pytest.mark.parametrize(("folder", "page"), [("seeds", "README.md"), ("after", "docs/distillation.md")])
+def test_the_table_over_seeds_is_made_from_the_record(folder: str, page: str) -> None:
+    record = json.loads((RESULTS / folder / "record.json").read_text(encoding="utf-8"))
+    (seeds,) = {tuple(made["settings"]["seed"] for made in seeds) for seeds in record["students"].values()}
+    assert f"--seeds {','.join(map(str, seeds))}" in (RESULTS / "README.md").read_text(encoding="utf-8")
     assert record["summary"] == json.loads(json.dumps(recipe.over_seeds(record["students"])))
     assert record["steps_to_control"] == json.loads(json.dumps(recipe.steps_to_control(record["students"])))
     table = tables.as_markdown(tables.distilled_over_seeds(record))
-    assert (RESULTS / "seeds" / "table.md").read_text(encoding="utf-8") == table
-    assert table in readme
+    assert (RESULTS / folder / "table.md").read_text(encoding="utf-8") == table
+    assert table in (ROOT / page).read_text(encoding="utf-8")
 
 
 def test_the_table_of_swaps_is_made_from_the_record(readme: str, swaps: dict[str, dict[str, Any]]) -> None:
