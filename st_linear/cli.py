@@ -448,10 +448,10 @@ def distill(
             _say(f"Mined: {len(taught.mined)} pairs that the teacher has scored")
     records: dict[str, list[dict[str, Any]]] = {name: [] for name in wanted}
     for seed in draws:
+        make = partial(distil, base=model, pairs=pairs, teacher=taught, settings=replace(settings, seed=seed))
+        control = _student_folder(output, CONTROL.feature_map, seed)
         for name, student in wanted.items():
             _say(f"[bold]{name}[/bold], seed {seed}")
-            make = partial(distil, base=model, pairs=pairs, teacher=taught, settings=replace(settings, seed=seed))
-            control = _student_folder(output, CONTROL.feature_map, seed)
             if student.transfer == "after":
                 _say(f"It begins with the softmax student, in {control}")
                 make(CONTROL.feature_map, CONTROL, output=control)

@@ -38,9 +38,12 @@ def test_the_table_of_students_is_made_from_the_record(readme: str) -> None:
     assert table in readme
 
 
-@pytest.mark.parametrize(("folder", "page"), [("seeds", "README.md"), ("after", "docs/distillation.md")])
-def test_the_table_over_seeds_is_made_from_the_record(folder: str, page: str) -> None:
+@pytest.mark.parametrize(
+    ("folder", "page", "count"), [("seeds", "README.md", 5), ("after", "docs/distillation.md", 4)]
+)
+def test_the_table_over_seeds_is_made_from_the_record(folder: str, page: str, count: int) -> None:
     record = json.loads((RESULTS / folder / "record.json").read_text(encoding="utf-8"))
+    assert {len(seeds) for seeds in record["students"].values()} == {count}
     (seeds,) = {tuple(made["settings"]["seed"] for made in seeds) for seeds in record["students"].values()}
     assert f"--seeds {','.join(map(str, seeds))}" in (RESULTS / "README.md").read_text(encoding="utf-8")
     assert record["summary"] == json.loads(json.dumps(recipe.over_seeds(record["students"])))
