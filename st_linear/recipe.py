@@ -272,9 +272,8 @@ def distil(
         FileNotFoundError: If no student is finished in ``control``.
     """
     settings = replace(settings, alpha=settings.alpha if teacher is not None else 0.0)
-    texts = {} if texts is None else texts
-    if student.transfer == "none":
-        settings, texts = settings.without_transfer(), {}
+    settings = settings.for_transfer(student.transferred_to)
+    texts = {} if texts is None or student.transfer == "none" else texts
     asked = {
         "name": name,
         "student": as_json(asdict(student)),
@@ -364,7 +363,7 @@ def _control_record(control: Path, asked: dict[str, Any], settings: Settings) ->
         raise FileNotFoundError(f"{control} holds no finished student")
     record = read_json(control / "record.json")
     wanted = {key: asked[key] for key in ("base", "pairs", "teacher")}
-    wanted |= {"student": as_json(asdict(CONTROL)), "settings": as_json(asdict(settings.without_transfer()))}
+    wanted |= {"student": as_json(asdict(CONTROL)), "settings": as_json(asdict(settings.for_transfer("none")))}
     for key, value in wanted.items():
         if record.get(key) != value:
             raise ValueError(f"{control} holds another student than transfer='after' needs: not the same {key}")

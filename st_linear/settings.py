@@ -32,13 +32,11 @@ _POSITIVE_SETTINGS = (
     "max_seq_length",
 )
 
-_TRANSFER_SETTINGS = (
-    "transfer_epochs",
-    "transfer_steps",
-    "maps_learning_rate",
-    "transfer_learning_rate",
-    "transfer_pooled",
-)
+_TRANSFER_SETTINGS = {
+    "maps": ("transfer_steps", "maps_learning_rate"),
+    "all": ("transfer_epochs", "transfer_learning_rate", "transfer_pooled"),
+}
+"""What has a say in transfer, by what it trains."""
 
 
 def read_attention_name(name: str) -> tuple[str, int | None, int] | None:
@@ -191,7 +189,8 @@ class Settings:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
 
-    def without_transfer(self) -> Settings:
-        """The same for a student that is not transferred to: what transfer costs has no say, and is the default."""
-        defaults = {field.name: field.default for field in fields(self) if field.name in _TRANSFER_SETTINGS}
+    def for_transfer(self, trains: Literal["none", "maps", "all"]) -> Settings:
+        """The same, where what has no say in a transfer that trains these is the default."""
+        idle = {name for other, names in _TRANSFER_SETTINGS.items() if other != trains for name in names}
+        defaults = {field.name: field.default for field in fields(self) if field.name in idle}
         return replace(self, **defaults)  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -583,6 +583,13 @@ class TestAgain:
         record = make()
         monkeypatch.setattr(recipe, "convert", crash)
         assert make() == record
+
+    @pytest.mark.parametrize("trains", ["none", "maps", "all"])
+    def test_settings_of_another_transfer_have_no_say(self, trains: Literal["none", "maps", "all"]) -> None:
+        of_maps: dict[str, Any] = {"transfer_steps": 9, "maps_learning_rate": 1.0}
+        of_all: dict[str, Any] = {"transfer_epochs": 9.0, "transfer_learning_rate": 1.0, "transfer_pooled": 9.0}
+        heard = {"none": {}, "maps": of_maps, "all": of_all}[trains]
+        assert Settings(**of_maps, **of_all, seed=3).for_transfer(trains) == Settings(**heard, seed=3)
 
     def test_what_transfer_costs_has_no_say_without_it(
         self, made: tuple[Path, dict[str, Any]], make: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
