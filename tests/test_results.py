@@ -88,6 +88,11 @@ def test_rows_of_speed_stand_in_those_tables(page: str) -> None:
     assert [line for line in quoted if line not in tables] == []
 
 
+def fidelity_cells(figures: dict[str, Any]) -> list[str]:
+    cells = [f"{figures[key]:.4f}" for key in ("cosine", "cosine_p5", "token_cosine")]
+    return [*cells, f"{figures['neighbours_10']:.1%}" if "neighbours_10" in figures else "–"]
+
+
 @pytest.mark.parametrize(
     ("page", "name", "exact_up_to"),
     [
@@ -103,9 +108,7 @@ def test_rows_of_fidelity_are_made_from_the_records(page: str, name: str, exact_
     assert record.get("exact_up_to", 2 * record["window"]) == exact_up_to
     text = (ROOT / page).read_text(encoding="utf-8")
     for length, figures in record["fidelity"]["figures"].items():
-        cells = [f"{int(length):,} tokens", f"{figures['n']:.0f}"]
-        cells += [f"{figures[key]:.4f}" for key in ("cosine", "cosine_p5", "token_cosine")]
-        cells += [f"{figures['neighbours_10']:.1%}" if "neighbours_10" in figures else "–"]
+        cells = [f"{int(length):,} tokens", f"{figures['n']:.0f}", *fidelity_cells(figures)]
         assert f"| of {' | '.join(cells)} |" in text
 
 
@@ -115,6 +118,22 @@ def test_neighbours_among_a_thousand_passages_are_those_of_the_record() -> None:
     page = (ROOT / "docs" / "conversion.md").read_text(encoding="utf-8")
     shared = f"{100 * figures['neighbours_10']:.1f} % of neighbours are shared among {figures['n']:,.0f} passages"
     assert shared in page
+
+
+def test_the_tables_of_the_ablation_are_made_from_its_records() -> None:
+    folder = RESULTS / "conversion" / "ablation"
+    records = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")}
+    figures = {f"`{name}`": record["fidelity"]["figures"]["1024"] for name, record in records.items()}
+    layers = json.loads((RESULTS / "conversion" / "layers.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / "conversion.md").read_text(encoding="utf-8")
+    for title, found in {
+        "conversion": dict(sorted(figures.items(), key=lambda item: -item[1]["cosine"])),
+        "exact layer": {layer: record["figures"]["1024"] for layer, record in layers.items()},
+    }.items():
+        assert {of["n"] for of in found.values()} == {64}
+        header = [title, "cosine, mean", "5th percentile", "of tokens", "10 nearest passages shared"]
+        table = markdown.table(header, [[name, *fidelity_cells(of)] for name, of in found.items()])
+        assert table in page, f"\n{table}"
 
 
 @pytest.mark.parametrize("model", ["softmax", "near-far"])
