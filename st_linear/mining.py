@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Collection
+from collections.abc import Collection, Hashable, Mapping
+from typing import TypeVar
 
 import bm25s
 import numpy as np
@@ -14,6 +15,8 @@ from sentence_transformers.util import semantic_search
 from st_linear.data import training_sentences
 
 _BINS = 10
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 def mine_pairs(
@@ -71,7 +74,7 @@ def mine_pairs(
     }
     if not candidates:
         raise ValueError(f"no pair of the {len(sentences)} sentences that may be mined is without a score")
-    chosen = _spread(candidates, count, random.Random(seed))
+    chosen = spread(candidates, count, random.Random(seed))
     first, second = ([sentences[pair[side]] for pair in chosen] for side in (0, 1))
     return Dataset.from_dict({"sentence1": first, "sentence2": second})
 
@@ -101,16 +104,16 @@ def _near(
     return {(int(a), int(b)): float(cosine) for (a, b), cosine in zip(ordered, cosines)}
 
 
-def _spread(candidates: dict[tuple[int, int], float], count: int, draw: random.Random) -> list[tuple[int, int]]:
-    """At most ``count`` of the candidates, evenly from equal parts of the range of their cosines, shuffled."""
+def spread(candidates: Mapping[Key, float], count: int, draw: random.Random) -> list[Key]:
+    """At most ``count`` of the candidates, evenly from equal parts of the range of their values, shuffled."""
     low, high = min(candidates.values()), max(candidates.values())
     width = (high - low) / _BINS or 1.0
-    bins: list[list[tuple[int, int]]] = [[] for _ in range(_BINS)]
-    for pair, cosine in candidates.items():
-        bins[min(_BINS - 1, int((cosine - low) / width))].append(pair)
+    bins: list[list[Key]] = [[] for _ in range(_BINS)]
+    for key, value in candidates.items():
+        bins[min(_BINS - 1, int((value - low) / width))].append(key)
     for some in bins:
         draw.shuffle(some)
-    chosen: list[tuple[int, int]] = []
+    chosen: list[Key] = []
     while len(chosen) < count and any(bins):
         for some in bins:
             if some and len(chosen) < count:

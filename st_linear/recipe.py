@@ -37,7 +37,7 @@ from st_linear.data import (
 )
 from st_linear.evaluation import METRICS, NATURAL, LengthSimilarityEvaluator, Mean, correlation, correlation_or_reason
 from st_linear.losses import TEACHER_ACTIVATIONS, AttentionTransferLoss
-from st_linear.mining import mine_pairs
+from st_linear.mining import mine_pairs, spread
 from st_linear.model_card import Distilled
 from st_linear.models import check_model_folder, convert, load, save_model
 from st_linear.pair_head import PairScorer
@@ -137,8 +137,8 @@ def prepare_teacher(
         teacher: Hub id or folder of a CrossEncoder.
         teacher_scores: Folder of cached scores, see :func:`~st_linear.teachers.read_teacher_scores`.
         settings: Its batch size and seed train the teacher, and it says how many pairs are mined. A folder of scores
-            has them in ``mined.csv``; a model scores what :func:`~st_linear.mining.mine_pairs` finds in the training
-            pairs, by cosines of the base.
+            has them in ``mined.csv``, of which they are drawn evenly over the range of their scores; a model scores
+            what :func:`~st_linear.mining.mine_pairs` finds in the training pairs, by cosines of the base.
         show_progress_bar: Show one.
 
     Raises:
@@ -167,7 +167,8 @@ def prepare_teacher(
         if settings.mined:
             found = read_mined_pairs(teacher_scores, activation=activation)
             _refuse_leaks(found, pairs)
-            mined = _some_pairs(found, settings.mined)
+            # Not of the seed: processes that make a seed each train on the same pairs.
+            mined = found.select(sorted(spread(dict(enumerate(found["score"])), settings.mined, random.Random(0))))
     else:
         if teacher is not None:
             name, model = teacher, load_teacher(teacher)

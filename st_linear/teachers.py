@@ -182,10 +182,12 @@ def read_mined_pairs(folder: str | os.PathLike[str], *, activation: TeacherActiv
 
     Raises:
         FileNotFoundError: If the file is missing.
-        ValueError: If a column is missing, a sentence is empty, or a score is no finite number.
+        ValueError: If there is no pair, a column is missing, a sentence is empty, or a score is no finite number.
     """
     column = _SCORE_COLUMNS[activation]
     path, rows = _read_rows(folder, "mined", "sentence1", "sentence2", column)
+    if not rows:
+        raise ValueError(f"{path} holds no pairs")
     sentences = {name: [row[name] for row in rows] for name in ("sentence1", "sentence2")}
     for name, texts in sentences.items():
         for number, text in enumerate(texts, start=1):

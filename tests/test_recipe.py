@@ -462,6 +462,33 @@ class TestMined:
             assert score == given
             assert gold == pytest.approx(given if activation == "sigmoid" else 1 / (1 + math.exp(-given)))
 
+    def test_scored_pairs_are_drawn_evenly_over_their_scores(self, pairs: Pairs, bert: str, folder: Path) -> None:
+        path = folder / "teacher" / "mined.csv"
+        header, *rows = path.read_text().splitlines()
+        low = [f"bo di,bo di {index},-9,{index / 1000}" for index in range(40)]
+        path.write_text("\n".join([header, *low, *rows[-3:]]) + "\n")
+        (taught, again) = (
+            prepare_teacher(
+                pairs,
+                bert,
+                folder / f"out-{seed}",
+                teacher_scores=str(folder / "teacher"),
+                settings=replace(SETTINGS, mined=6, seed=seed),
+                show_progress_bar=False,
+            ).mined
+            for seed in (0, 1)
+        )
+        assert taught is not None
+        assert again is not None
+        assert taught.to_dict() == again.to_dict()
+        assert sum(score > 0.5 for score in taught["score"]) == 3
+        assert len(taught) == len(set(taught["sentence2"])) == 6
+
+    def test_a_file_without_pairs_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "mined.csv").write_text("sentence1,sentence2,logit,score\n")
+        with refused("mined.csv holds no pairs"):
+            recipe.read_mined_pairs(tmp_path)
+
     def test_a_model_scores_what_is_mined(
         self, pairs: Pairs, bert: str, save_teacher: Callable[[int], str], tmp_path: Path
     ) -> None:
