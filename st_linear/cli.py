@@ -375,7 +375,8 @@ def distill(
     mine: Annotated[
         int,
         typer.Option(
-            help="Pairs without gold scores to mine, at most, for the teacher to score, and to train on too."
+            help="Pairs without gold scores to train on too, at most: from mined.csv, or mined for the teacher to "
+            "score."
         ),
     ] = 0,
     alpha: Annotated[float, typer.Option(help="Weight of the teacher against the gold scores, 0–1.")] = 0.5,
@@ -394,8 +395,8 @@ def distill(
 ) -> None:
     """Distil a CrossEncoder teacher into one student or several, with one seed or several, and evaluate them.
 
-    With a folder of teacher scores, mined pairs are those in its mined.csv. The first seed trains the teacher where
-    none is given, and mines.
+    With a folder of teacher scores, mined pairs are from its mined.csv, evenly over their scores. The first seed
+    trains the teacher where none is given, and mines.
 
     Example: `st-linear distill sentence-transformers/all-MiniLM-L6-v2 out --data sentence-transformers/stsb --teacher
     cross-encoder/stsb-roberta-large --students softmax,hedgehog@64,hedgehog --mine 13000 --seeds 0,1,2,3,4`

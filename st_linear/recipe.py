@@ -264,7 +264,8 @@ def distil(
         show_progress_bar: Show progress.
 
     Returns:
-        The record: settings, learning curve, final figures by length, seconds, peak memory. With
+        The record: settings, of which those without a say in its transfer are the defaults, learning curve, final
+        figures by length, seconds, peak memory. With
         ``transfer="after"`` ``transferred`` is None, as ``final`` says it; the curve has one point, behind all steps;
         the seconds of distillation are the control's, and peak memory is without it.
 

@@ -36,7 +36,7 @@ _TRANSFER_SETTINGS = {
     "maps": ("transfer_steps", "maps_learning_rate"),
     "all": ("transfer_epochs", "transfer_learning_rate", "transfer_pooled"),
 }
-"""What has a say in transfer, by what it trains."""
+"""What has a say in a transfer, by what it trains."""
 
 
 def read_attention_name(name: str) -> tuple[str, int | None, int] | None:
@@ -190,7 +190,7 @@ class Settings:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
 
     def for_transfer(self, trains: Literal["none", "maps", "all"]) -> Settings:
-        """The same, where what has no say in a transfer that trains these is the default."""
+        """A copy in which what has no say in a transfer that trains these is the default."""
         idle = {name for other, names in _TRANSFER_SETTINGS.items() if other != trains for name in names}
         defaults = {field.name: field.default for field in fields(self) if field.name in idle}
         return replace(self, **defaults)  # type: ignore[arg-type]

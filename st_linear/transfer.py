@@ -33,7 +33,7 @@ from st_linear.transformer import LinearTransformer
 logger = logging.getLogger(__name__)
 
 FEATURE_MAP, NUM_FEATURES, WINDOW = "learned_favor", 128, 128
-"""What wins in docs/conversion.md."""
+"""What docs/conversion.md settles on."""
 
 EXACT_UP_TO = 512
 """Up to so many tokens softmax attention costs no more (docs/performance.md), and is what others come close to."""

@@ -462,7 +462,8 @@ class TestMined:
             assert score == given
             assert gold == pytest.approx(given if activation == "sigmoid" else 1 / (1 + math.exp(-given)))
 
-    def test_scored_pairs_are_drawn_evenly_over_their_scores(self, pairs: Pairs, bert: str, folder: Path) -> None:
+    def test_scored_pairs_are_drawn_evenly_over_their_scores(self, pairs: Pairs, bert: str, tmp_path: Path) -> None:
+        folder = write_pairs(tmp_path / "pairs")
         path = folder / "teacher" / "mined.csv"
         header, *rows = path.read_text().splitlines()
         low = [f"bo di,bo di {index},-9,{index / 1000}" for index in range(40)]

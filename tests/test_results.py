@@ -43,6 +43,8 @@ def test_the_table_over_seeds_is_made_from_the_record(folder: str, page: str) ->
     record = json.loads((RESULTS / folder / "record.json").read_text(encoding="utf-8"))
     for made in record["students"].values():
         assert [one["settings"]["seed"] for one in made] == [0, 1, 2, 3, 4]
+    section = (RESULTS / "README.md").read_text(encoding="utf-8").split(f"{folder}/record.json")[1].split("\n## ")[0]
+    assert re.search(r"--seeds 0,1,2,3,4\b(?!,)", section)
     assert record["summary"] == json.loads(json.dumps(recipe.over_seeds(record["students"])))
     assert record["steps_to_control"] == json.loads(json.dumps(recipe.steps_to_control(record["students"])))
     table = tables.as_markdown(tables.distilled_over_seeds(record))
@@ -123,6 +125,16 @@ def test_neighbours_among_a_thousand_passages_are_those_of_the_record() -> None:
 def test_the_tables_of_the_ablation_are_made_from_its_records() -> None:
     folder = RESULTS / "conversion" / "ablation"
     records = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")}
+    for name, record in records.items():
+        assert name.startswith(record["feature_map"])
+        assert (record["exact_up_to"], record["window"]) == (256, int((re.findall(r"window-(\d+)", name) or [128])[0]))
+        assert ("training" in record) == ("untrained" not in name)
+        if "training" in record:
+            settings = record["training"]["settings"]
+            assert settings["target"] == ("attention" if name.endswith("-attention") else "hidden")
+            assert settings["steps"] == (1 if name.endswith("-calibrated") else 32)
+            assert settings["seed"] == (1 if name.endswith("-seed-1") else 0)
+            assert settings["lengths"] == [1024]
     figures = {f"`{name}`": record["fidelity"]["figures"]["1024"] for name, record in records.items()}
     layers = json.loads((RESULTS / "conversion" / "layers.json").read_text(encoding="utf-8"))
     page = (ROOT / "docs" / "conversion.md").read_text(encoding="utf-8")
@@ -133,7 +145,7 @@ def test_the_tables_of_the_ablation_are_made_from_its_records() -> None:
         assert {of["n"] for of in found.values()} == {64}
         header = [title, "cosine, mean", "5th percentile", "of tokens", "10 nearest passages shared"]
         table = markdown.table(header, [[name, *fidelity_cells(of)] for name, of in found.items()])
-        assert table in page, f"\n{table}"
+        assert f"{table}\n" in page, f"\n{table}"
 
 
 @pytest.mark.parametrize("model", ["softmax", "near-far"])
