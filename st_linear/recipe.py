@@ -265,9 +265,9 @@ def distil(
 
     Returns:
         The record: settings, of which those without a say in its transfer are the defaults, learning curve, final
-        figures by length, seconds, peak memory. With
-        ``transfer="after"`` ``transferred`` is None, as ``final`` says it; the curve has one point, behind all steps;
-        the seconds of distillation are the control's, and peak memory is without it.
+        figures by length, seconds, peak memory. With ``transfer="after"`` ``transferred`` is None, as ``final`` says
+        it; the curve has one point, behind all steps; the seconds of distillation are the control's, and peak memory
+        is without it.
 
     Raises:
         ValueError: If ``control`` is missing where it is needed, or was made otherwise.

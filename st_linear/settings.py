@@ -11,6 +11,7 @@ from st_linear.feature_maps import feature_map_names
 from st_linear.losses import Head, Objective, TeacherActivation, check_choice
 
 Transfer = Literal["none", "maps", "all", "after"]
+Transferred = Literal["none", "maps", "all"]
 
 ATTENTION_FORM = "MAP[:features][@window]"
 """How attention is named in one word: ``hedgehog``, ``favor:128``, ``hedgehog@64``."""
@@ -80,7 +81,7 @@ class Student:
             raise ValueError(f"feature_map='softmax' is what transfer={self.transfer!r} aims at: pass transfer='none'")
 
     @property
-    def transferred_to(self) -> Literal["none", "maps", "all"]:
+    def transferred_to(self) -> Transferred:
         """What transfer trains."""
         if self.transfer == "after":
             return "maps" if self.window else "all"
@@ -189,7 +190,7 @@ class Settings:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
 
-    def for_transfer(self, trains: Literal["none", "maps", "all"]) -> Settings:
+    def for_transfer(self, trains: Transferred) -> Settings:
         """A copy in which what has no say in a transfer that trains these is the default."""
         idle = {name for other, names in _TRANSFER_SETTINGS.items() if other != trains for name in names}
         defaults = {field.name: field.default for field in fields(self) if field.name in idle}

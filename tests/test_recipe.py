@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ from st_linear.models import save_model
 from st_linear.pair_head import PairScorer, find_dse_head
 from st_linear.recipe import Pairs, Teacher, distil, prepare_teacher
 from st_linear.records import read_json
-from st_linear.settings import _POSITIVE_SETTINGS, CONTROL, Settings, Student
+from st_linear.settings import _POSITIVE_SETTINGS, CONTROL, Settings, Student, Transferred
 
 ROWS = {"train": 20, "dev": 8, "test": 10}
 # 3 steps an epoch, the last of 4 pairs.
@@ -613,7 +613,7 @@ class TestAgain:
         assert make() == record
 
     @pytest.mark.parametrize("trains", ["none", "maps", "all"])
-    def test_settings_of_another_transfer_have_no_say(self, trains: Literal["none", "maps", "all"]) -> None:
+    def test_settings_of_another_transfer_have_no_say(self, trains: Transferred) -> None:
         of_maps: dict[str, Any] = {"transfer_steps": 9, "maps_learning_rate": 1.0}
         of_all: dict[str, Any] = {"transfer_epochs": 9.0, "transfer_learning_rate": 1.0, "transfer_pooled": 9.0}
         heard = {"none": {}, "maps": of_maps, "all": of_all}[trains]
