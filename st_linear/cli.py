@@ -268,6 +268,7 @@ def convert(
         "model": base_name(model),
         "output": str(output),
         "feature_map": encoder.feature_map,
+        "feature_map_kwargs": encoder.feature_map_kwargs,
         "window": encoder.window,
         "exact_up_to": encoder.exact_up_to,
         "max_seq_length": converted.max_seq_length,

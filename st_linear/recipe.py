@@ -323,8 +323,7 @@ def distil(
         curve = _train(model, pairs, teacher, output, settings, show_progress_bar)
         seconds["distillation"] = time.perf_counter() - started
     else:
-        natural = replace(settings, lengths=())
-        figures = evaluate_model(model, pairs.dev, natural, show_progress_bar=show_progress_bar)["natural"]
+        figures = _evaluate_dev(model, pairs, settings, show_progress_bar)
         if figures["undefined"]:
             raise ValueError(f"the student can't be measured on dev after transfer: {figures['undefined']}")
         curve = [distilled["curve"][-1] | {metric: figures[metric] for metric in METRICS}]
@@ -566,6 +565,13 @@ def evaluate_model(
     return {"natural" if length is None else str(length): figures for length, figures in results.items()}
 
 
+def _evaluate_dev(
+    model: SentenceTransformer, pairs: Pairs, settings: Settings, show_progress_bar: bool
+) -> dict[str, Any]:
+    natural = replace(settings, lengths=())
+    return evaluate_model(model, pairs.dev, natural, show_progress_bar=show_progress_bar)["natural"]
+
+
 def _some_pairs(pairs: Dataset, count: int) -> Dataset:
     return pairs.select(evenly_spaced(range(len(pairs)), count))
 
@@ -600,11 +606,7 @@ def _train(
     train = pairs.train if teacher is None else _taught(pairs.train, teacher, settings)
     steps = math.ceil(len(train) / settings.batch_size) * settings.epochs
     every = max(1, round(steps / settings.evaluations))
-    natural = replace(settings, lengths=())
-
-    def measure() -> dict[str, Any]:
-        return evaluate_model(model, pairs.dev, natural, show_progress_bar=False)["natural"]
-
+    measure = partial(_evaluate_dev, model, pairs, settings, show_progress_bar=False)
     curve = Curve(model, measure, train, settings.batch_size)
     arguments = training_arguments(
         output,

@@ -138,7 +138,7 @@ class TestConvert:
         assert result["converted_layers"] == 2
         model = st_linear.load(result["output"])
         assert result["parameters"] == sum(parameter.numel() for parameter in model.parameters())
-        assert model[0].feature_map_kwargs == {"num_features": 16}
+        assert model[0].feature_map_kwargs == result["feature_map_kwargs"] == {"num_features": 16}
 
     def test_it_takes_nobodys_files(self, run: Callable[..., tuple[int, str, str]], place: Path) -> None:
         before = files(place)
