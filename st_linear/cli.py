@@ -448,6 +448,8 @@ def distill(
         )
         if taught.mined is not None:
             _say(f"Mined: {len(taught.mined)} pairs that the teacher has scored")
+    elif teacher is not None or teacher_scores is not None:
+        _say(f"Teacher: {teacher or teacher_scores} is not asked, as --alpha 0 leaves it out")
     records: dict[str, list[dict[str, Any]]] = {name: [] for name in wanted}
     for seed in draws:
         make = partial(distil, base=model, pairs=pairs, teacher=taught, settings=replace(settings, seed=seed))

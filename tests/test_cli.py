@@ -382,6 +382,9 @@ class TestDistill:
         assert "untrained" in out
         assert "eacher:" not in err
         assert "│ teacher" not in out
+        code, _, err = run("distill bert out --data pairs --transfer none --epochs 1 --alpha 0 --teacher nowhere")
+        assert code == 0
+        assert "Teacher: nowhere is not asked, as --alpha 0 leaves it out" in err
 
     def test_a_teacher_is_trained_and_a_weak_one_warned_of(
         self, run: Callable[..., tuple[int, str, str]], place: Path, monkeypatch: pytest.MonkeyPatch
