@@ -11,6 +11,7 @@ import pytest
 
 from st_linear import markdown, recipe, tables
 from st_linear.benchmarks import report
+from st_linear.evaluation import Mean
 from st_linear.export import TOLERANCE
 from st_linear.protocols import protocol_names
 from st_linear.study import statistics
@@ -38,8 +39,10 @@ def test_the_table_of_students_is_made_from_the_record(readme: str) -> None:
     assert table in readme
 
 
-@pytest.mark.parametrize(("folder", "page"), [("seeds", "README.md"), ("after", "docs/distillation.md")])
-def test_the_table_over_seeds_is_made_from_the_record(folder: str, page: str) -> None:
+@pytest.mark.parametrize(
+    ("folder", "page"), [("seeds", "README.md"), ("after", "docs/distillation.md"), ("mined", None)]
+)
+def test_the_table_over_seeds_is_made_from_the_record(folder: str, page: str | None) -> None:
     record = json.loads((RESULTS / folder / "record.json").read_text(encoding="utf-8"))
     for made in record["students"].values():
         assert [one["settings"]["seed"] for one in made] == [0, 1, 2, 3, 4]
@@ -49,7 +52,79 @@ def test_the_table_over_seeds_is_made_from_the_record(folder: str, page: str) ->
     assert record["steps_to_control"] == json.loads(json.dumps(recipe.steps_to_control(record["students"])))
     table = tables.as_markdown(tables.distilled_over_seeds(record))
     assert (RESULTS / folder / "table.md").read_text(encoding="utf-8") == table
-    assert table in (ROOT / page).read_text(encoding="utf-8")
+    assert page is None or table in (ROOT / page).read_text(encoding="utf-8")
+
+
+def test_the_table_of_mined_pairs_is_made_from_the_records() -> None:
+    gold, mined = (
+        json.loads((RESULTS / folder / "record.json").read_text(encoding="utf-8"))["students"]
+        for folder in ("after", "mined")
+    )
+    # Near/far reads these texts with softmax attention: it is the softmax student there.
+    for near_far, softmax in zip(mined.pop("hedgehog@64+after"), mined["softmax"], strict=True):
+        assert near_far["final"]["natural"]["pearson"] == pytest.approx(
+            softmax["final"]["natural"]["pearson"], abs=1e-4
+        )
+
+    def gain(name: str, metric: str, dev: bool) -> str:
+        pairs = zip(mined[name], gold[name], strict=True)
+        return interval([end(own, metric, dev) - end(other, metric, dev) for own, other in pairs], "+.2f")
+
+    def end(one: dict[str, Any], metric: str, dev: bool = False) -> float:
+        return 100 * (one["curve"][-1] if dev else one["final"]["natural"])[metric]
+
+    def interval(values: list[float], form: str) -> str:
+        of = Mean.of(values)
+        return f"{of.mean:{form}} [{of.low:{form}}, {of.high:{form}}]"
+
+    rows = []
+    for name, made in mined.items():
+        for own, other in zip(made, gold[name], strict=True):
+            assert own["settings"] == other["settings"] | {"mined": 3600, "lengths": own["settings"]["lengths"]}
+            assert own["teacher"]["mined"] == made[0]["teacher"]["mined"]
+            assert own["teacher"] == other["teacher"] | {"mined": own["teacher"]["mined"]}
+            same = ("base", "pairs", "student", "transfer_texts")
+            assert [own[key] for key in same] == [other[key] for key in same]
+        assert made[0]["teacher"]["mined"]["pairs"] == 3600
+        pearson = [interval([end(one, "pearson") for one in of], ".2f") for of in (gold[name], made)]
+        gains = [gain(name, metric, dev) for metric in ("pearson", "spearman") for dev in (False, True)]
+        rows.append([f"`{name}`", *pearson, *gains])
+    gains = [f"{metric}, {split}" for metric in ("gain in Pearson", "in Spearman") for split in ("test", "dev")]
+    table = markdown.table(["student", "Pearson, gold pairs", "and mined ones", *gains], rows)
+    assert f"{table}\n" in (ROOT / "docs" / "distillation.md").read_text(encoding="utf-8"), f"\n{table}"
+
+
+def test_the_table_of_ways_to_use_a_teacher_is_made_from_its_records() -> None:
+    paths = (RESULTS / "mined" / "ways").glob("*.json")
+    records = {path.stem: json.loads(path.read_text(encoding="utf-8"))["students"] for path in paths}
+    commands = (RESULTS / "README.md").read_text(encoding="utf-8").split("## Pairs without gold scores")[1]
+    ways = re.findall(r"^way \S+ (\S+) ?(.*)$", commands, re.MULTILINE)
+    assert records.keys() == {"silver", *(name for name, _ in ways)}
+    for name, folder in (("gold", "after"), ("mined", "mined")):
+        students = json.loads((RESULTS / folder / "record.json").read_text(encoding="utf-8"))["students"]
+        records[name] = {"softmax": students["softmax"][:1]}
+    made = {name: record["softmax"][0] for name, record in records.items()}
+    gold = made["gold"]
+    for name, flags in ways:
+        asked: dict[str, Any] = {"mined": 0, "lengths": made[name]["settings"]["lengths"]}
+        for flag, value in re.findall(r"--(\S+) (\S+)", flags):
+            key = {"mine": "mined"}.get(flag, flag.replace("-", "_"))
+            asked[key] = type(gold["settings"][key])(value)
+        assert made[name]["settings"] == gold["settings"] | asked
+        assert made[name]["pairs"] == gold["pairs"]
+        assert (made[name]["teacher"] or gold["teacher"])["scores"] == gold["teacher"]["scores"]
+    rows = []
+    for name, one in made.items():
+        assert (one["student"], one["settings"]["seed"]) == (gold["student"], 0)
+        settings, pairs = one["settings"], (one["teacher"] or {}).get("mined")
+        count = made["all-mined"]["teacher"]["mined"]["pairs"] if name == "silver" else pairs and pairs["pairs"]
+        ends = one["curve"][-1], one["final"]["natural"]
+        figures = [f"{100 * of[metric]:.2f}" for metric in ("pearson", "spearman") for of in ends]
+        rows.append([f"`{name}`", f"{count:,}" if count else "–", f"{settings['epochs']:g}", *figures])
+    rows.sort(key=lambda row: (-float(row[3]), row[0]))
+    figures = [f"{metric}, {split}" for metric in ("Pearson", "Spearman") for split in ("dev", "test")]
+    table = markdown.table(["way", "mined pairs", "epochs", *figures], rows)
+    assert f"{table}\n" in (ROOT / "docs" / "distillation.md").read_text(encoding="utf-8"), f"\n{table}"
 
 
 def test_the_table_of_swaps_is_made_from_the_record(readme: str, swaps: dict[str, dict[str, Any]]) -> None:
