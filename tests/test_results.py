@@ -66,16 +66,16 @@ def test_the_table_of_mined_pairs_is_made_from_the_records() -> None:
             softmax["final"]["natural"]["pearson"], abs=1e-4
         )
 
-    def gain(name: str, metric: str, dev: bool) -> str:
-        pairs = zip(mined[name], gold[name], strict=True)
-        return interval([end(own, metric, dev) - end(other, metric, dev) for own, other in pairs], "+.2f")
-
     def end(one: dict[str, Any], metric: str, dev: bool = False) -> float:
         return 100 * (one["curve"][-1] if dev else one["final"]["natural"])[metric]
 
     def interval(values: list[float], form: str) -> str:
         of = Mean.of(values)
         return f"{of.mean:{form}} [{of.low:{form}}, {of.high:{form}}]"
+
+    def gain(name: str, metric: str, dev: bool) -> str:
+        pairs = zip(mined[name], gold[name], strict=True)
+        return interval([end(own, metric, dev) - end(other, metric, dev) for own, other in pairs], "+.2f")
 
     rows = []
     for name, made in mined.items():
