@@ -41,7 +41,7 @@ def distilled_over_seeds(result: dict[str, Any]) -> Table:
     for name, stages in result["summary"].items():
         for stage, means in stages.items():
             cells = [
-                _mean(means[key], sign=key == "minus_control") for key in ("pearson", "spearman", "minus_control")
+                interval(means[key], sign=key == "minus_control") for key in ("pearson", "spearman", "minus_control")
             ]
             trained = stage == "natural"
             pearson = means["pearson"]
@@ -150,7 +150,8 @@ def _correlations(figures: dict[str, Any]) -> tuple[str, ...]:
     return tuple(report_correlation(metric, found) for metric in METRICS)
 
 
-def _mean(mean: dict[str, Any] | None, sign: bool = False) -> str:
+def interval(mean: dict[str, Any] | None, sign: bool = False) -> str:
+    """A mean over seeds, × 100, and its interval where it has one."""
     if mean is None:
         return "–"
     form = "+.2f" if sign else ".2f"

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -14,6 +15,7 @@ from st_linear.benchmarks import report
 from st_linear.evaluation import Mean
 from st_linear.export import TOLERANCE
 from st_linear.protocols import protocol_names
+from st_linear.records import read_json
 from st_linear.study import statistics
 from st_linear.study.config import read_study
 
@@ -28,12 +30,12 @@ def readme() -> str:
 
 @pytest.fixture(scope="module")
 def swaps() -> dict[str, dict[str, Any]]:
-    record = json.loads((RESULTS / "zero-shot.json").read_text(encoding="utf-8"))
+    record = read_json(RESULTS / "zero-shot.json")
     return {name: final["natural"] for name, final in record["models"].items()}
 
 
 def test_the_table_of_students_is_made_from_the_record(readme: str) -> None:
-    record = json.loads((RESULTS / "stsb" / "record.json").read_text(encoding="utf-8"))
+    record = read_json(RESULTS / "stsb" / "record.json")
     table = tables.as_markdown(tables.distilled(record))
     assert (RESULTS / "stsb" / "table.md").read_text(encoding="utf-8") == table
     assert table in readme
@@ -43,7 +45,7 @@ def test_the_table_of_students_is_made_from_the_record(readme: str) -> None:
     ("folder", "page"), [("seeds", "README.md"), ("after", "docs/distillation.md"), ("mined", None)]
 )
 def test_the_table_over_seeds_is_made_from_the_record(folder: str, page: str | None) -> None:
-    record = json.loads((RESULTS / folder / "record.json").read_text(encoding="utf-8"))
+    record = read_json(RESULTS / folder / "record.json")
     for made in record["students"].values():
         assert [one["settings"]["seed"] for one in made] == [0, 1, 2, 3, 4]
     section = (RESULTS / "README.md").read_text(encoding="utf-8").split(f"{folder}/record.json")[1].split("\n## ")[0]
@@ -56,26 +58,16 @@ def test_the_table_over_seeds_is_made_from_the_record(folder: str, page: str | N
 
 
 def test_the_table_of_mined_pairs_is_made_from_the_records() -> None:
-    gold, mined = (
-        json.loads((RESULTS / folder / "record.json").read_text(encoding="utf-8"))["students"]
-        for folder in ("after", "mined")
-    )
+    records = [read_json(RESULTS / folder / "record.json") for folder in ("after", "mined")]
+    gold, mined = (record["students"] for record in records)
     # Near/far reads these texts with softmax attention: it is the softmax student there.
     for near_far, softmax in zip(mined.pop("hedgehog@64+after"), mined["softmax"], strict=True):
         assert near_far["final"]["natural"]["pearson"] == pytest.approx(
             softmax["final"]["natural"]["pearson"], abs=1e-4
         )
 
-    def end(one: dict[str, Any], metric: str, dev: bool = False) -> float:
-        return 100 * (one["curve"][-1] if dev else one["final"]["natural"])[metric]
-
-    def interval(values: list[float], form: str) -> str:
-        of = Mean.of(values)
-        return f"{of.mean:{form}} [{of.low:{form}}, {of.high:{form}}]"
-
-    def gain(name: str, metric: str, dev: bool) -> str:
-        pairs = zip(mined[name], gold[name], strict=True)
-        return interval([end(own, metric, dev) - end(other, metric, dev) for own, other in pairs], "+.2f")
+    def ends(made: list[dict[str, Any]], metric: str, split: str) -> list[float]:
+        return [(one["curve"][-1] if split == "dev" else one["final"]["natural"])[metric] for one in made]
 
     rows = []
     for name, made in mined.items():
@@ -86,9 +78,12 @@ def test_the_table_of_mined_pairs_is_made_from_the_records() -> None:
             same = ("base", "pairs", "student", "transfer_texts")
             assert [own[key] for key in same] == [other[key] for key in same]
         assert made[0]["teacher"]["mined"]["pairs"] == 3600
-        pearson = [interval([end(one, "pearson") for one in of], ".2f") for of in (gold[name], made)]
-        gains = [gain(name, metric, dev) for metric in ("pearson", "spearman") for dev in (False, True)]
-        rows.append([f"`{name}`", *pearson, *gains])
+        cells = [tables.interval(record["summary"][name]["natural"]["pearson"]) for record in records]
+        for metric in ("pearson", "spearman"):
+            for split in ("test", "dev"):
+                pairs = zip(ends(made, metric, split), ends(gold[name], metric, split))
+                cells.append(tables.interval(asdict(Mean.of([own - other for own, other in pairs])), sign=True))
+        rows.append([f"`{name}`", *cells])
     gains = [f"{metric}, {split}" for metric in ("gain in Pearson", "in Spearman") for split in ("test", "dev")]
     table = markdown.table(["student", "Pearson, gold pairs", "and mined ones", *gains], rows)
     assert f"{table}\n" in (ROOT / "docs" / "distillation.md").read_text(encoding="utf-8"), f"\n{table}"
@@ -96,12 +91,12 @@ def test_the_table_of_mined_pairs_is_made_from_the_records() -> None:
 
 def test_the_table_of_ways_to_use_a_teacher_is_made_from_its_records() -> None:
     paths = (RESULTS / "mined" / "ways").glob("*.json")
-    records = {path.stem: json.loads(path.read_text(encoding="utf-8"))["students"] for path in paths}
+    records = {path.stem: read_json(path)["students"] for path in paths}
     commands = (RESULTS / "README.md").read_text(encoding="utf-8").split("## Pairs without gold scores")[1]
     ways = re.findall(r"^way \S+ (\S+) ?(.*)$", commands, re.MULTILINE)
     assert records.keys() == {"silver", *(name for name, _ in ways)}
     for name, folder in (("gold", "after"), ("mined", "mined")):
-        students = json.loads((RESULTS / folder / "record.json").read_text(encoding="utf-8"))["students"]
+        students = read_json(RESULTS / folder / "record.json")["students"]
         records[name] = {"softmax": students["softmax"][:1]}
     made = {name: record["softmax"][0] for name, record in records.items()}
     gold = made["gold"]
@@ -152,7 +147,7 @@ def test_there_are_records_of_speed() -> None:
 
 @pytest.mark.parametrize("path", SPEED, ids=lambda path: path.parent.name)
 def test_tables_of_speed_are_made_from_their_records(path: Path) -> None:
-    record = json.loads(path.read_text(encoding="utf-8"))
+    record = read_json(path)
     assert path.with_suffix(".md").read_text(encoding="utf-8") == report.markdown(record)
 
 
@@ -180,7 +175,7 @@ def fidelity_cells(figures: dict[str, Any]) -> list[str]:
     ],
 )
 def test_rows_of_fidelity_are_made_from_the_records(page: str, name: str, exact_up_to: int) -> None:
-    record = json.loads((RESULTS / "conversion" / f"{name}.json").read_text(encoding="utf-8"))
+    record = read_json(RESULTS / "conversion" / f"{name}.json")
     # The oldest record is of a time when there was no choice.
     assert record.get("exact_up_to", 2 * record["window"]) == exact_up_to
     text = (ROOT / page).read_text(encoding="utf-8")
@@ -191,7 +186,7 @@ def test_rows_of_fidelity_are_made_from_the_records(page: str, name: str, exact_
 
 def test_neighbours_among_a_thousand_passages_are_those_of_the_record() -> None:
     path = RESULTS / "conversion" / "far-from-256-1000-passages.json"
-    figures = json.loads(path.read_text(encoding="utf-8"))["fidelity"]["figures"]["512"]
+    figures = read_json(path)["fidelity"]["figures"]["512"]
     page = (ROOT / "docs" / "conversion.md").read_text(encoding="utf-8")
     shared = f"{100 * figures['neighbours_10']:.1f} % of neighbours are shared among {figures['n']:,.0f} passages"
     assert shared in page
@@ -199,7 +194,7 @@ def test_neighbours_among_a_thousand_passages_are_those_of_the_record() -> None:
 
 def test_the_tables_of_the_ablation_are_made_from_its_records() -> None:
     folder = RESULTS / "conversion" / "ablation"
-    records = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")}
+    records = {path.stem: read_json(path) for path in folder.glob("*.json")}
     for name, record in records.items():
         assert name.startswith(record["feature_map"])
         assert (record["exact_up_to"], record["window"]) == (256, int((re.findall(r"window-(\d+)", name) or [128])[0]))
@@ -211,7 +206,7 @@ def test_the_tables_of_the_ablation_are_made_from_its_records() -> None:
             assert settings["seed"] == (1 if name.endswith("-seed-1") else 0)
             assert settings["lengths"] == [1024]
     figures = {f"`{name}`": record["fidelity"]["figures"]["1024"] for name, record in records.items()}
-    layers = json.loads((RESULTS / "conversion" / "layers.json").read_text(encoding="utf-8"))
+    layers = read_json(RESULTS / "conversion" / "layers.json")
     page = (ROOT / "docs" / "conversion.md").read_text(encoding="utf-8")
     for title, found in {
         "conversion": dict(sorted(figures.items(), key=lambda item: -item[1]["cosine"])),
@@ -228,7 +223,7 @@ def test_figures_of_mteb_are_those_of_its_files(model: str) -> None:
     (folder,) = (RESULTS / "mteb" / "results" / f"local__{model}").iterdir()
     cells = [model]
     for task in ("STSBenchmark", "STSBenchmarkDocument128"):
-        result = json.loads((folder / f"{task}.json").read_text(encoding="utf-8"))
+        result = read_json(folder / f"{task}.json")
         assert result["dataset_revision"].startswith("local-")
         (scores,) = result["scores"]["test"]
         cells.append(", ".join(f"{100 * scores[f'cosine_{metric}']:.2f}" for metric in ("spearman", "pearson")))
@@ -236,7 +231,7 @@ def test_figures_of_mteb_are_those_of_its_files(model: str) -> None:
 
 
 def test_the_table_of_lengths_is_complete_and_made_from_the_record() -> None:
-    record = json.loads((RESULTS / "lengths" / "record.json").read_text(encoding="utf-8"))
+    record = read_json(RESULTS / "lengths" / "record.json")
     table = tables.as_markdown(tables.side_by_side(record["models"], ""))
     assert (RESULTS / "lengths" / "table.md").read_text(encoding="utf-8") == table
     assert table in (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
@@ -253,7 +248,7 @@ def test_the_table_of_lengths_is_complete_and_made_from_the_record() -> None:
 
 
 def test_texts_inside_two_windows_have_the_softmax_figures_at_length(swaps: dict[str, dict[str, Any]]) -> None:
-    models = json.loads((RESULTS / "lengths" / "record.json").read_text(encoding="utf-8"))["models"]
+    models = read_json(RESULTS / "lengths" / "record.json")["models"]
     for protocol in protocol_names():
         near_far, softmax = (models[name][protocol]["128"] for name in ("near-far", "softmax"))
         assert near_far["pearson"] == pytest.approx(softmax["pearson"], abs=1e-4)
@@ -262,14 +257,14 @@ def test_texts_inside_two_windows_have_the_softmax_figures_at_length(swaps: dict
 
 def test_figures_of_deployment_are_those_of_its_records() -> None:
     page = (ROOT / "docs" / "deployment.md").read_text(encoding="utf-8")
-    models = json.loads((RESULTS / "deployment" / "record.json").read_text(encoding="utf-8"))["models"]
+    models = read_json(RESULTS / "deployment" / "record.json")["models"]
     table = tables.as_markdown(tables.side_by_side(models, ""))
     assert (RESULTS / "deployment" / "table.md").read_text(encoding="utf-8") == table
     assert table in page
     torch, onnx, int8, openvino = (figures["natural"]["pearson"] for figures in models.values())
     assert (onnx, openvino) == (pytest.approx(torch, abs=1e-6), pytest.approx(torch, abs=1e-6))
     assert torch - int8 == pytest.approx(0.0025, abs=0.0005)
-    for name, entry in json.loads((RESULTS / "deployment" / "export.json").read_text(encoding="utf-8")).items():
+    for name, entry in read_json(RESULTS / "deployment" / "export.json").items():
         differences = entry["largest_difference"]
         assert list(differences) == ["16", "512", "4096"]
         assert name == "onnx-int8" or all(value <= TOLERANCE for value in differences.values())
