@@ -26,6 +26,7 @@ from st_linear.attention import (
     softmax_attention,
 )
 from st_linear.feature_maps import check_feature_map_options, feature_map_class, make_feature_map
+from st_linear.feed_forward import chunk_feed_forward
 
 ATTENTION_IMPLEMENTATION = "st_linear"
 """Name under which the attention function and its mask function are registered with transformers."""
@@ -304,10 +305,10 @@ def linearise(
     seed: int = 0,
     feature_map_kwargs: dict[str, Any] | None = None,
 ) -> None:
-    """Replace the attention of ``model``, in place. An earlier conversion is undone first.
+    """Replace the attention of ``model``, in place, and have its feed-forward modules go through long texts in chunks.
 
-    Layers count attention modules in order of use, so layers that share one (ALBERT) count once. Sliding-window
-    layers stay as they are: exact, and linear in time already.
+    An earlier conversion is undone first. Layers count attention modules in order of use, so layers that share one
+    (ALBERT) count once. Sliding-window layers stay as they are: exact, and linear in time already.
 
     Args:
         model: A transformers encoder.
@@ -352,6 +353,7 @@ def linearise(
         )
         call.module.add_module(_SUBMODULE, attention.to(call.query.device, call.query.dtype))
     model.set_attn_implementation(ATTENTION_IMPLEMENTATION)
+    chunk_feed_forward(model)
 
 
 def linear_attentions(model: nn.Module) -> dict[str, LinearAttention]:

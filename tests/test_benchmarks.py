@@ -16,7 +16,7 @@ from conftest import refused
 from sentence_transformers import SentenceTransformer
 from test_recipe import write_pairs
 
-from st_linear import feature_map_names, linear_attention, make_feature_map
+from st_linear import feature_map_names, feed_forward, linear_attention, make_feature_map
 from st_linear.attention import linear_attention_reference, near_far_attention_reference, softmax_attention_reference
 from st_linear.benchmarks import LEVELS, contenders, encoders, markdown, report, run, runner, table, timing, workloads
 from st_linear.benchmarks.contenders import MapSpec, Shape, make_attention, plain_linear_attention
@@ -445,6 +445,19 @@ class TestEncoders:
             assert torch.allclose(one[:, :2], other[:, :2], atol=1e-6) is apart
             assert not torch.allclose(one[:, 2], other[:, 2], atol=1e-3)
 
+    def test_feed_forward_is_in_chunks_but_in_the_original(
+        self, made: Encoders, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(feed_forward, "CHUNK_TOKENS", 2)
+        expected = {"softmax": [5], "no-attention-whole": [5], "no-attention": [2, 2, 1], "hedgehog@4": [2, 2, 1]}
+        for name, tokens in expected.items():
+            seen: list[int] = []
+            intermediate = made[name].transformer.model.encoder.layer[0].intermediate
+            hook = intermediate.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[1]))  # noqa: B023
+            made[name].embed(ids([0, 5, 9, 11, 2]))
+            hook.remove()
+            assert seen == tokens, name
+
     def test_each_is_made_once(self, made: Encoders) -> None:
         assert made["elu"] is made["elu"]
         assert made["favor:8"].transformer.feature_map_kwargs == {"num_features": 8}
@@ -759,7 +772,10 @@ class TestRun:
 
     def test_unknown_models_are_found_out_first(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(runner, "_workloads", lambda _: pytest.fail("too late"))
-        for level, choices in (("attention", "sdpa, flash, "), ("encoder", "softmax, no-attention, performer, MAP[")):
+        for level, choices in (
+            ("attention", "sdpa, flash, "),
+            ("encoder", "softmax, no-attention, no-attention-whole, "),
+        ):
             with refused(f"unknown model 'nosuch'; choose among: {choices}"):
                 run(Settings.for_level(level, models=("nosuch",)))
 

@@ -792,7 +792,10 @@ class TestBench:
         [
             ("bench nosuch", "unknown level 'nosuch'; choose among: attention, encoder, training, mixed"),
             ("bench attention --models x", "unknown model 'x'; choose among: sdpa, flash, performer, plain, "),
-            ("bench encoder --models x", "unknown model 'x'; choose among: softmax, no-attention, performer, MAP["),
+            (
+                "bench encoder --models x",
+                "unknown model 'x'; choose among: softmax, no-attention, no-attention-whole, ",
+            ),
             ("bench attention --base bert", "base is no option of level 'attention', but of: encoder, "),
             ("bench encoder --baseline x", "unknown baseline 'x'; choose among: softmax, no-attention, "),
             ("bench encoder --limit softmax", "--limit must be NAME=TOKENS, comma-separated, got 'softmax'"),

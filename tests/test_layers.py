@@ -20,6 +20,7 @@ LAYERS = [
     "streaming",
     "attention",
     "traceable",
+    "feed_forward",
     "conversion",
     "quiet",
     "records",

@@ -24,6 +24,7 @@ from st_linear.benchmarks.workloads import Workload, over_limit
 from st_linear.conversion import AttentionCall, attention_calls, observe_attention
 from st_linear.data import load_pairs, repeat_to_length, source_name, training_sentences
 from st_linear.export import export, require_for
+from st_linear.feed_forward import unchunk_feed_forward
 from st_linear.models import convert, load
 from st_linear.recipe import packaged_base
 from st_linear.runtimes import FILES, arguments_for
@@ -37,8 +38,11 @@ NUM_BATCHES = 4
 PADDED = " padded"
 """Ends the name of a contender of the level ``mixed`` that pads; its twin takes packed inputs."""
 
-ENCODER_PEERS = ("softmax", "no-attention", "performer")
+ENCODER_PEERS = ("softmax", "no-attention", "no-attention-whole", "performer")
 """Contenders of the encoder levels that are not st_linear's; ``performer`` takes ``[:features]``.
+
+``softmax`` is transformers' own encoder. The others' feed-forward modules run in chunks, as st_linear's do, but not
+those of ``no-attention-whole``.
 
 At the level ``encoder``, ``softmax`` and st_linear's own also run as exported graphs: ``FORMAT:MODEL``, with one of
 :data:`~st_linear.runtimes.FILES`, e.g. ``onnx:softmax``.
@@ -184,10 +188,12 @@ class Encoders:
             if head == "softmax":
                 # transformers' own; the conversion has given it the longer context alone.
                 encoder.transformer.model.set_attn_implementation("sdpa")
-            elif head == "no-attention":
+            elif head.startswith("no-attention"):
                 encoder.observer = _value_of
             else:
                 encoder.observer = _performer(rest, self.settings)
+            if head in ("softmax", "no-attention-whole"):
+                unchunk_feed_forward(encoder.transformer.model)
         else:
             encoder = Encoder(self._convert_to(bare))
         encoder.model.to(self.settings.device, self.settings.torch_dtype())

@@ -1,0 +1,102 @@
+"""The feed-forward half of an encoder's layers, some tokens at a time.
+
+It treats each token alone, and what it computes on the way is several times as wide as a token. With tens of thousands
+of tokens these are tensors of hundreds of megabytes: they leave the cache before they are read, and the allocator of
+the CPU maps them anew for every layer, page by page. In chunks they stay in the cache, and in memory that is there.
+
+transformers has an option for this, ``chunk_size_feed_forward``, for numbers of tokens that the chunk divides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+CHUNK_TOKENS = 1024
+"""Tokens at a time, at most."""
+
+_METHODS = ("feed_forward_chunk", "ff_chunk")
+"""What transformers' layers call in chunks themselves, where ``chunk_size_feed_forward`` is set."""
+
+
+def chunk_feed_forward(model: nn.Module) -> None:
+    """Have the feed-forward modules of a transformers encoder run in chunks, in place.
+
+    So they do for inference on the CPU; for training, on other devices and in graphs that are traced, they stay whole.
+    Modules outside transformers are left as they are.
+    """
+    for module in model.modules():
+        own: Any = type(module)
+        method = _token_wise_method(own)
+        if method is not None and not isinstance(module, _InChunks):
+            module.__class__ = _in_chunks(own, method)
+
+
+def unchunk_feed_forward(model: nn.Module) -> None:
+    """Undo :func:`chunk_feed_forward`."""
+    for module in model.modules():
+        own: Any = type(module)
+        if issubclass(own, _InChunks):
+            module.__class__ = own.whole
+
+
+class _InChunks(nn.Module):
+    """First base of classes that run in chunks; copies and pickles of them name the class that they stand for."""
+
+    whole: type[nn.Module]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        reduced = super().__reduce_ex__(protocol)
+        assert isinstance(reduced, tuple)
+        return _blank, (self.whole,), *reduced[2:]
+
+
+def _blank(whole: Any) -> nn.Module:
+    """An instance without anything in it, to which a copy's or pickle's state is given."""
+    method = _token_wise_method(whole)
+    assert method is not None
+    chunked = _in_chunks(whole, method)
+    return chunked.__new__(chunked)
+
+
+def _token_wise_method(module: type[nn.Module]) -> str | None:
+    """The method of a class that is a feed-forward network, (…, d) to (…, d), each token alone; None without one."""
+    if not module.__module__.startswith("transformers."):
+        return None
+    by_name = "forward" if module.__name__.endswith("MLP") else None
+    return next((name for name in _METHODS if hasattr(module, name)), by_name)
+
+
+@cache
+def _in_chunks(whole: type[nn.Module], method: str) -> type[nn.Module]:
+    """A class like ``whole``, whose ``method`` goes through its tokens in chunks."""
+    compute: Callable[[nn.Module, Tensor], Tensor] = getattr(whole, method)
+
+    def chunked(self: nn.Module, hidden: Tensor) -> Tensor:
+        if (
+            # Dropout would draw otherwise than where checkpointing computes it again, with gradients.
+            self.training
+            or torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or hidden.device.type != "cpu"
+            or hidden.shape[:-1].numel() <= CHUNK_TOKENS
+        ):
+            return compute(self, hidden)
+        tokens = hidden.shape[:-1].numel()
+        output: Tensor | None = None
+        done = 0
+        for part in hidden.flatten(0, -2)[None].chunk(-(-tokens // CHUNK_TOKENS), dim=1):
+            result = compute(self, part)
+            # Not before the first is there: under autocast it says the dtype.
+            output = result.new_empty(1, tokens, result.shape[-1]) if output is None else output
+            output[:, done : done + part.shape[1]] = result
+            done += part.shape[1]
+        assert output is not None
+        return output.view(*hidden.shape[:-1], output.shape[-1])
+
+    attributes = {method: chunked, "whole": whole, "__module__": whole.__module__, "__qualname__": whole.__qualname__}
+    return type(whole.__name__, (_InChunks, whole), attributes)

@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import FAMILIES
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModel, PreTrainedModel
+
+from st_linear import LinearTransformer, feed_forward
+from st_linear.conversion import linearise
+from st_linear.feed_forward import chunk_feed_forward, unchunk_feed_forward
+
+# More than the rows of the tiny encoders' weights.
+CHUNK = 40
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feed_forward, "CHUNK_TOKENS", CHUNK)
+
+
+def tiny(name: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return AutoModel.from_config(FAMILIES[name]()).eval()
+
+
+def run(model: nn.Module, batch: int = 2, length: int = 45) -> Tensor:
+    ids = torch.arange(batch * length).view(batch, length) % 40 + 5
+    return model(input_ids=ids).last_hidden_state
+
+
+class RowsOfWidth(TorchDispatchMode):
+    """The largest number of rows of all tensors that come into being and are ``width`` wide."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width, self.most = width, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.ndim > 1 and leaf.shape[-1] == self.width:
+                self.most = max(self.most, leaf.shape[:-1].numel())
+        return result
+
+
+def most_rows(model: nn.Module, call: Callable[[], Tensor]) -> int:
+    """Tokens at a time of what is as wide as the model's feed-forward modules."""
+    config = model.config
+    with RowsOfWidth(getattr(config, "hidden_dim", None) or config.intermediate_size) as seen:
+        call()
+    return seen.most
+
+
+class TestChunks:
+    @pytest.mark.parametrize("name", FAMILIES)
+    def test_every_family_computes_the_same_some_tokens_at_a_time(self, name: str) -> None:
+        model = tiny(name)
+        with torch.no_grad():
+            assert most_rows(model, lambda: run(model)) == 90
+            expected = run(model)
+            chunk_feed_forward(model)
+            assert most_rows(model, lambda: run(model)) <= CHUNK
+            torch.testing.assert_close(run(model), expected, rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("length", [1, 7, CHUNK, CHUNK + 1, 63])
+    def test_any_number_of_tokens(self, length: int) -> None:
+        model = tiny("bert")
+        with torch.no_grad():
+            expected = run(model, 1, length)
+            chunk_feed_forward(model)
+            torch.testing.assert_close(run(model, 1, length), expected, rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_dtypes_are_those_of_the_whole(self, dtype: torch.dtype) -> None:
+        for name in ("bert", "modernbert"):
+            model = tiny(name)
+            with torch.no_grad(), torch.autocast("cpu", dtype=dtype):
+                expected = run(model)
+                chunk_feed_forward(model)
+                assert run(model).dtype == expected.dtype
+                torch.testing.assert_close(run(model), expected, rtol=0.05, atol=0.05)
+
+    def test_conversion_brings_them(self) -> None:
+        model = tiny("bert")
+        linearise(model, feature_map="hedgehog", window=8)
+        with torch.no_grad():
+            assert most_rows(model, lambda: run(model)) <= CHUNK
+
+    def test_packed_texts_go_through_in_chunks(self, bert: str, text: Callable[..., str]) -> None:
+        encoder = LinearTransformer(bert, window=8, feature_map="hedgehog")
+        features = encoder.preprocess([text(40), text(9), text(30)])
+        assert "cu_seq_lens_q" in features
+        with torch.inference_mode():
+            assert most_rows(encoder.model, lambda: encoder(features)["token_embeddings"]) <= CHUNK
+
+
+class TestWholes:
+    def test_training_is_whole(self) -> None:
+        model = tiny("bert")
+        chunk_feed_forward(model)
+        assert most_rows(model, lambda: run(model)) == 90
+        with torch.no_grad():
+            assert most_rows(model.train(), lambda: run(model)) == 90
+
+    def test_dropout_is_drawn_as_it_was(self) -> None:
+        model = tiny("bert").train()
+        torch.manual_seed(0)
+        expected = run(model)
+        chunk_feed_forward(model)
+        torch.manual_seed(0)
+        torch.testing.assert_close(run(model), expected, rtol=0, atol=0)
+
+    def test_traced_graphs_are_whole(self) -> None:
+        model = tiny("bert").encoder.layer[0]
+        chunk_feed_forward(model)
+        with torch.no_grad():
+            graph = torch.export.export(model, (torch.randn(1, 90, 32),)).graph_module.code
+        assert "chunk" not in graph
+
+    def test_modules_from_elsewhere_stay(self) -> None:
+        class OwnMLP(nn.Module):
+            pass
+
+        module = OwnMLP()
+        chunk_feed_forward(module)
+        assert type(module) is OwnMLP
+
+    def test_undone(self) -> None:
+        model = tiny("bert")
+        classes = [type(module) for module in model.modules()]
+        chunk_feed_forward(model)
+        chunk_feed_forward(model)
+        assert [type(module) for module in model.modules()] != classes
+        unchunk_feed_forward(model)
+        assert [type(module) for module in model.modules()] == classes
+
+
+@pytest.mark.parametrize("name", ["bert", "modernbert"])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_run_in_chunks_with_weights_of_their_own(
+    name: str, copied: Callable[[PreTrainedModel], PreTrainedModel]
+) -> None:
+    model = tiny(name)
+    chunk_feed_forward(model)
+    other = copied(model)
+    with torch.no_grad():
+        torch.testing.assert_close(run(other), run(model), rtol=0, atol=0)
+        assert most_rows(other, lambda: run(other)) <= CHUNK
+        expected = run(model)
+        for parameter in other.parameters():
+            parameter.zero_()
+        torch.testing.assert_close(run(model), expected, rtol=0, atol=0)
+
+
+def test_replicas_use_weights_of_their_own() -> None:
+    layer = tiny("bert").encoder.layer[0]
+    chunk_feed_forward(layer)
+    # What DataParallel makes of a module, before it gives it its weights.
+    replica = layer._replicate_for_data_parallel()
+    other = tiny("bert").encoder.layer[1]
+    replica.intermediate, replica.output = other.intermediate, other.output
+    hidden = torch.randn(1, 90, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(replica.feed_forward_chunk(hidden), other.feed_forward_chunk(hidden))
