@@ -5,12 +5,16 @@ of tokens these are tensors of hundreds of megabytes: they leave the cache befor
 the CPU maps them anew for every layer, page by page. In chunks they stay in the cache, and in memory that is there.
 
 transformers has an option for this, ``chunk_size_feed_forward``, for numbers of tokens that the chunk divides.
+
+Hooks inside such a module are called for each chunk, and what scales its activations by a whole tensor (dynamic int8)
+scales each chunk by itself. :func:`unchunk_feed_forward` is there for who minds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from inspect import signature
 from typing import Any
 
 import torch
@@ -22,12 +26,15 @@ CHUNK_TOKENS = 1024
 _METHODS = ("feed_forward_chunk", "ff_chunk")
 """What transformers' layers call in chunks themselves, where ``chunk_size_feed_forward`` is set."""
 
+_MODULES = ("ModernBertMLP", "NomicBertMLP", "GteMLP", "EuroBertMLP", "JinaEmbeddingsV3MLP")
+"""Modules that have no such method, and are called with a token's features and nothing else."""
+
 
 def chunk_feed_forward(model: nn.Module) -> None:
     """Have the feed-forward modules of a transformers encoder run in chunks, in place.
 
     So they do for inference on the CPU; for training, on other devices and in graphs that are traced, they stay whole.
-    Modules outside transformers are left as they are.
+    Modules that are not known to treat each token alone are left as they are.
     """
     for module in model.modules():
         own: Any = type(module)
@@ -58,17 +65,19 @@ class _InChunks(nn.Module):
 def _blank(whole: Any) -> nn.Module:
     """An instance without anything in it, to which a copy's or pickle's state is given."""
     method = _token_wise_method(whole)
-    assert method is not None
-    chunked = _in_chunks(whole, method)
+    chunked: type[nn.Module] = whole if method is None else _in_chunks(whole, method)
     return chunked.__new__(chunked)
 
 
-def _token_wise_method(module: type[nn.Module]) -> str | None:
-    """The method of a class that is a feed-forward network, (…, d) to (…, d), each token alone; None without one."""
-    if not module.__module__.startswith("transformers."):
+def _token_wise_method(module_class: type[nn.Module]) -> str | None:
+    """The method that is a feed-forward network, (…, d) to (…, d), each token alone; None where there is none."""
+    if not module_class.__module__.startswith("transformers."):
         return None
-    by_name = "forward" if module.__name__.endswith("MLP") else None
-    return next((name for name in _METHODS if hasattr(module, name)), by_name)
+    for name in _METHODS:
+        method = getattr(module_class, name, None)
+        if method is not None and len(signature(method).parameters) == 2:
+            return name
+    return "forward" if module_class.__name__ in _MODULES else None
 
 
 @cache
@@ -82,6 +91,7 @@ def _in_chunks(whole: type[nn.Module], method: str) -> type[nn.Module]:
             self.training
             or torch.is_grad_enabled()
             or torch.compiler.is_compiling()
+            or torch.jit.is_tracing()
             or hidden.device.type != "cpu"
             or hidden.shape[:-1].numel() <= CHUNK_TOKENS
         ):

@@ -3,10 +3,12 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES
+import transformers
+from conftest import FAMILIES, SMALL
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -79,13 +81,14 @@ class TestChunks:
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_dtypes_are_those_of_the_whole(self, dtype: torch.dtype) -> None:
-        for name in ("bert", "modernbert"):
-            model = tiny(name)
-            with torch.no_grad(), torch.autocast("cpu", dtype=dtype):
-                expected = run(model)
-                chunk_feed_forward(model)
-                assert run(model).dtype == expected.dtype
-                torch.testing.assert_close(run(model), expected, rtol=0.05, atol=0.05)
+        module = tiny("modernbert").layers[0].mlp
+        hidden = torch.randn(2, 45, 32)
+        with torch.no_grad(), torch.autocast("cpu", dtype=dtype):
+            expected = module(hidden)
+            chunk_feed_forward(module)
+            output = module(hidden)
+        assert output.dtype == expected.dtype == dtype
+        torch.testing.assert_close(output, expected, rtol=0.05, atol=0.05)
 
     def test_conversion_brings_them(self) -> None:
         model = tiny("bert")
@@ -110,27 +113,66 @@ class TestWholes:
             assert most_rows(model.train(), lambda: run(model)) == 90
 
     def test_dropout_is_drawn_as_it_was(self) -> None:
+        # Without gradients, as in the first pass of a checkpoint.
         model = tiny("bert").train()
-        torch.manual_seed(0)
-        expected = run(model)
-        chunk_feed_forward(model)
-        torch.manual_seed(0)
-        torch.testing.assert_close(run(model), expected, rtol=0, atol=0)
+        with torch.no_grad():
+            torch.manual_seed(0)
+            expected = run(model)
+            chunk_feed_forward(model)
+            torch.manual_seed(0)
+            torch.testing.assert_close(run(model), expected, rtol=0, atol=0)
 
-    def test_traced_graphs_are_whole(self) -> None:
-        model = tiny("bert").encoder.layer[0]
+    def test_other_devices_are_whole(self) -> None:
+        model = tiny("bert").to("meta")
         chunk_feed_forward(model)
         with torch.no_grad():
-            graph = torch.export.export(model, (torch.randn(1, 90, 32),)).graph_module.code
+            hidden = torch.empty(2, 45, 32, device="meta")
+            assert most_rows(model, lambda: model.encoder.layer[0].feed_forward_chunk(hidden)) == 90
+
+    def test_exported_graphs_are_whole(self) -> None:
+        layer = tiny("bert").encoder.layer[0]
+        chunk_feed_forward(layer)
+        with torch.no_grad():
+            graph = torch.export.export(layer, (torch.randn(1, 90, 32),)).graph_module.code
         assert "chunk" not in graph
 
-    def test_modules_from_elsewhere_stay(self) -> None:
-        class OwnMLP(nn.Module):
-            pass
-
-        module = OwnMLP()
+    @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit:DeprecationWarning")
+    def test_traced_graphs_take_other_lengths(self) -> None:
+        module = tiny("modernbert").layers[0].mlp
         chunk_feed_forward(module)
-        assert type(module) is OwnMLP
+        other = torch.randn(1, 50, 32)
+        with torch.no_grad():
+            traced = torch.jit.trace(module, torch.randn(1, 90, 32))
+            torch.testing.assert_close(traced(other), module(other))
+
+    def test_compiled_graphs_are_whole(self) -> None:
+        module = tiny("distilbert").transformer.layer[0].ffn
+        chunk_feed_forward(module)
+        graphs: list[str] = []
+
+        def note(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+            graphs.append(graph.code)
+            return graph.forward
+
+        with torch.no_grad():
+            torch.compile(module, backend=note)(torch.randn(1, 90, 32))
+        assert graphs
+        assert not any("chunk" in code for code in graphs)
+
+    def test_modules_from_elsewhere_stay(self) -> None:
+        class Own(nn.Module):
+            def feed_forward_chunk(self, hidden: Tensor) -> Tensor:
+                return hidden.cumsum(dim=1)
+
+        module = Own()
+        chunk_feed_forward(module)
+        assert type(module) is Own
+
+    def test_methods_of_two_arguments_stay(self) -> None:
+        model = transformers.IBertModel(transformers.IBertConfig(**SMALL))
+        classes = [type(module) for module in model.modules()]
+        chunk_feed_forward(model)
+        assert [type(module) for module in model.modules()] == classes
 
     def test_undone(self) -> None:
         model = tiny("bert")
@@ -154,9 +196,9 @@ def test_copies_run_in_chunks_with_weights_of_their_own(
         torch.testing.assert_close(run(other), run(model), rtol=0, atol=0)
         assert most_rows(other, lambda: run(other)) <= CHUNK
         expected = run(model)
-        for parameter in other.parameters():
+        for parameter in model.parameters():
             parameter.zero_()
-        torch.testing.assert_close(run(model), expected, rtol=0, atol=0)
+        torch.testing.assert_close(run(other), expected, rtol=0, atol=0)
 
 
 def test_replicas_use_weights_of_their_own() -> None:

@@ -42,7 +42,7 @@ ENCODER_PEERS = ("softmax", "no-attention", "no-attention-whole", "performer")
 """Contenders of the encoder levels that are not st_linear's; ``performer`` takes ``[:features]``.
 
 ``softmax`` is transformers' own encoder. The others' feed-forward modules run in chunks, as st_linear's do, but not
-those of ``no-attention-whole``.
+those of ``no-attention-whole``; in inference on the CPU, that is: elsewhere all are whole.
 
 At the level ``encoder``, ``softmax`` and st_linear's own also run as exported graphs: ``FORMAT:MODEL``, with one of
 :data:`~st_linear.runtimes.FILES`, e.g. ``onnx:softmax``.
