@@ -122,6 +122,33 @@ def test_the_table_of_ways_to_use_a_teacher_is_made_from_its_records() -> None:
     assert f"{table}\n" in (ROOT / "docs" / "distillation.md").read_text(encoding="utf-8"), f"\n{table}"
 
 
+def test_the_table_of_an_averaged_teacher_is_made_from_its_records() -> None:
+    first = {
+        name: read_json(RESULTS / folder / "record.json") for name, folder in (("gold", "after"), ("mined", "mined"))
+    }
+    first["all-mined"] = read_json(RESULTS / "mined" / "ways" / "all-mined.json")
+    averaged = {path.stem: read_json(path) for path in (RESULTS / "mined" / "averaged").glob("*.json")}
+    assert averaged.keys() == {*first, "new-sentences"}
+    settings = {name: made["students"]["softmax"][0]["settings"] for name, made in averaged.items()}
+    for name, made in first.items():
+        own = made["students"]["softmax"][0]["settings"]
+        assert settings[name] == own | {"lengths": settings[name]["lengths"]}
+    assert settings["new-sentences"] == settings["mined"]
+    rows = []
+    for teacher, records in (("CrossEncoder", first), ("averaged", averaged)):
+        for name in ("gold", "mined", "all-mined", "new-sentences"):
+            if name not in records:
+                continue
+            taught, one = records[name]["teacher"]["figures"], records[name]["students"]["softmax"][0]
+            pairs = one["teacher"]["mined"]
+            ends = (taught["dev"], taught["test"], one["curve"][-1], one["final"]["natural"])
+            figures = [f"{100 * of['pearson']:.2f}" for of in ends]
+            rows.append([teacher, f"`{name}`", f"{pairs['pairs']:,}" if pairs else "–", *figures])
+    heads = [f"{who}, {split}" for who in ("teacher", "student") for split in ("dev", "test")]
+    table = markdown.table(["teacher", "way", "mined pairs", *heads], rows)
+    assert f"{table}\n" in (ROOT / "docs" / "distillation.md").read_text(encoding="utf-8"), f"\n{table}"
+
+
 def test_the_table_of_swaps_is_made_from_the_record(readme: str, swaps: dict[str, dict[str, Any]]) -> None:
     seeds = [figures for name, figures in swaps.items() if name.startswith("favor-seed-")]
     assert len(seeds) == 5
