@@ -9,10 +9,11 @@ import pytest
 import torch
 import transformers
 from conftest import FAMILIES, SMALL
+from test_conversion import tiny
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 
 from st_linear import LinearTransformer, feed_forward
 from st_linear.conversion import linearise
@@ -25,11 +26,6 @@ CHUNK = 40
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feed_forward, "CHUNK_TOKENS", CHUNK)
-
-
-def tiny(name: str) -> PreTrainedModel:
-    torch.manual_seed(0)
-    return AutoModel.from_config(FAMILIES[name]()).eval()
 
 
 def run(model: nn.Module, batch: int = 2, length: int = 45) -> Tensor:

@@ -123,10 +123,8 @@ def test_the_table_of_ways_to_use_a_teacher_is_made_from_its_records() -> None:
 
 
 def test_the_table_of_an_averaged_teacher_is_made_from_its_records() -> None:
-    first = {
-        name: read_json(RESULTS / folder / "record.json") for name, folder in (("gold", "after"), ("mined", "mined"))
-    }
-    first["all-mined"] = read_json(RESULTS / "mined" / "ways" / "all-mined.json")
+    paths = {"gold": "after/record.json", "mined": "mined/record.json", "all-mined": "mined/ways/all-mined.json"}
+    first = {name: read_json(RESULTS / path) for name, path in paths.items()}
     averaged = {path.stem: read_json(path) for path in (RESULTS / "mined" / "averaged").glob("*.json")}
     assert averaged.keys() == {*first, "new-sentences"}
     settings = {name: made["students"]["softmax"][0]["settings"] for name, made in averaged.items()}
