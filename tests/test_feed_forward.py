@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -9,10 +10,8 @@ import pytest
 import torch
 import transformers
 from conftest import FAMILIES, SMALL
-from test_conversion import tiny
+from test_conversion import TensorShapes, tiny
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from st_linear import LinearTransformer, feed_forward
@@ -33,27 +32,12 @@ def run(model: nn.Module, batch: int = 2, length: int = 45) -> Tensor:
     return model(input_ids=ids).last_hidden_state
 
 
-class RowsOfWidth(TorchDispatchMode):
-    """The largest number of rows of all tensors that come into being and are ``width`` wide."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.width, self.most = width, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and leaf.ndim > 1 and leaf.shape[-1] == self.width:
-                self.most = max(self.most, leaf.shape[:-1].numel())
-        return result
-
-
 def most_rows(model: nn.Module, call: Callable[[], Tensor]) -> int:
     """Tokens at a time of what is as wide as the model's feed-forward modules."""
-    config = model.config
-    with RowsOfWidth(getattr(config, "hidden_dim", None) or config.intermediate_size) as seen:
+    width = getattr(model.config, "hidden_dim", None) or model.config.intermediate_size
+    with TensorShapes() as seen:
         call()
-    return seen.most
+    return max(math.prod(shape[:-1]) for shape in seen.shapes if len(shape) > 1 and shape[-1] == width)
 
 
 class TestChunks:

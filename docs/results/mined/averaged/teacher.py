@@ -8,9 +8,7 @@ file, which the bi-encoder scores alone.
 
 from __future__ import annotations
 
-import csv
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -67,12 +65,9 @@ def cosines(model: SentenceTransformer, pairs: Dataset) -> np.ndarray:
 
 def write(path: Path, scores: np.ndarray, pairs: Dataset | None = None) -> None:
     """A score file, with its sentences if it is one of mined pairs."""
-    columns: dict[str, Sequence[object]] = {} if pairs is None else {k: pairs[k] for k in ("sentence1", "sentence2")}
-    columns |= {"logit": [f"{x:.5f}" for x in np.log(scores / (1 - scores))], "score": [f"{x:.6f}" for x in scores]}
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(columns)
-        writer.writerows(zip(*columns.values()))
+    columns = {} if pairs is None else pairs.select_columns(["sentence1", "sentence2"]).to_dict()
+    columns |= {"logit": np.log(scores / (1 - scores)).round(5), "score": scores.round(6)}
+    Dataset.from_dict(columns).to_csv(path)
 
 
 def mined_among(texts: Path, pairs: Pairs) -> Dataset:
