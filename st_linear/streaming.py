@@ -1,9 +1,9 @@
 """Linear and near/far attention in chunks: what is mapped is never stored at length, forward or backward.
 
 A text's keys and values are folded, chunk by chunk, into one *state* per head: for each of R features a mean value and
-its weight. Queries are read out of it, chunk by chunk. In training each chunk is a checkpoint: the backward pass
-recomputes it, but for texts of a few tokens. So memory beyond inputs and outputs is a few chunks and a few states,
-whatever the length.
+its weight. Queries are read out of it, chunk by chunk. The backward pass recomputes each chunk, but for texts of a few
+tokens: in PyTorch's fused kernel where it is at hand, else as a checkpoint. So memory beyond inputs and outputs is a
+few chunks and a few states, whatever the length.
 
 Exponential maps, ``φ(x) = exp(logits)``, are two softmaxes, which is what keeps them in range at any size of logits:
 
@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import reduce
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -31,17 +31,8 @@ from torch.utils.checkpoint import checkpoint
 
 from st_linear import kernels
 from st_linear.feature_maps import ExponentialFeatureMap, FeatureMap
-from st_linear.near import (
-    LOG_ZERO,
-    attend_near,
-    attend_near_on_gpu,
-    chunk_tokens,
-    fused_softmax_mean,
-    has_fused_softmax,
-    in_blocks,
-    log_of,
-    softmax_mean,
-)
+from st_linear.near import attend_near, attend_near_on_gpu, chunk_tokens, in_blocks
+from st_linear.softmax import LOG_ZERO, fused_softmax_mean, has_fused_softmax, log_of, softmax_mean
 
 _SEGMENT_TOKENS = 1024
 
@@ -107,6 +98,13 @@ class _Exponential(_Folding):
         share = torch.sigmoid(other.log_weight - state.log_weight).mT
         return State(state.value.lerp(other.value, share), torch.logaddexp(state.log_weight, other.log_weight))
 
+    def merge_others(self, states: State) -> State:
+        """One state of all along dim 2 but the first."""
+        log_weight = states.log_weight.clone()
+        log_weight[:, :, 0] = LOG_ZERO
+        share = log_weight.softmax(dim=2).mT
+        return State((states.value * share).sum(dim=2), log_weight.logsumexp(dim=2))
+
     def merge_each(self, states: State, chosen: Tensor) -> State:
         """M merged states of the N along dim 2, each of those that its row of ``chosen``, (M, N) bool, says."""
         # By feature, a softmax over states. Features come before heads, as they lie in memory.
@@ -117,13 +115,16 @@ class _Exponential(_Folding):
     def read(self, query: Tensor, state: State, position: Tensor, blocks: int = 0) -> tuple[Tensor, Tensor]:
         """Outputs (…, T, D) of queries (B, H, T, D), and the logarithm of the sum of their weights, (…, T, 1)."""
         mean, log_weight = softmax_mean(in_blocks(self._query_logits(query), blocks) + state.log_weight, state.value)
-        if _has(self.map, "query_offset") and (offset := self.map.query_offset(query * self.root)) is not None:
-            log_weight = log_weight + in_blocks(offset, blocks)
-        return mean, log_weight
+        return mean, self._with_query_offset(log_weight, query, blocks)
 
     def read_alone(self, query: Tensor, state: State, position: Tensor) -> Tensor:
         """The outputs of :meth:`read`, for less."""
         return (self._query_logits(query) + state.log_weight).softmax(dim=-1) @ state.value
+
+    def _with_query_offset(self, log_weight: Tensor, query: Tensor, blocks: int) -> Tensor:
+        if _has(self.map, "query_offset") and (offset := self.map.query_offset(query * self.root)) is not None:
+            return log_weight + in_blocks(offset, blocks)
+        return log_weight
 
     def _query_logits(self, query: Tensor) -> Tensor:
         return self.map.query_logits(query * self.root) if self.weights is None else query @ self.weights[0].mT
@@ -137,7 +138,7 @@ class _Exponential(_Folding):
 
 
 class _Fused(_Exponential):
-    """:class:`_Exponential` for linear attention with ``φ(x) = exp(W x + offsets)``, on the CPU without gradients.
+    """:class:`_Exponential` for ``φ(x) = exp(W x + offsets)`` on the CPU.
 
     Its two softmaxes run in PyTorch's own fused kernel. In the fold the rows of W are queries, and in the read they
     are keys: logits are never in memory, not even those of a chunk.
@@ -146,19 +147,32 @@ class _Fused(_Exponential):
     weights: tuple[Tensor, Tensor]
 
     def chunk(self, query: Tensor) -> int:
+        # With gradients the fewer the better, as theirs are put together again. Upcast inputs would be kept.
+        if torch.is_grad_enabled() and not _is_half(query):
+            return query.shape[2]
         return max(1, _FUSED_TOKENS // len(query))
 
     def fold(self, key: Tensor, value: Tensor, mask: Tensor | None, position: Tensor, blocks: int = 0) -> State:
-        assert not blocks, "a block's products are too small for the fused kernel"
         biases = list(self._key_biases(key, mask))
-        bias = reduce(torch.add, biases).mT.contiguous() if biases else None
-        weight = self.weights[1].expand(len(key), -1, -1, -1)
-        mean, log_weight = fused_softmax_mean(weight, key, value, bias)
+        bias = in_blocks(reduce(torch.add, biases), blocks).mT.contiguous() if biases else None
+        key, value = in_blocks(key, blocks), in_blocks(value, blocks)
+        mean, log_weight = fused_softmax_mean(self._weight(1, key), key, value, bias)
         return State(mean, log_weight.mT)
 
+    def read(self, query: Tensor, state: State, position: Tensor, blocks: int = 0) -> tuple[Tensor, Tensor]:
+        mean, log_weight = self._read(in_blocks(query, blocks), state)
+        return mean, self._with_query_offset(log_weight, query, blocks)
+
     def read_alone(self, query: Tensor, state: State, position: Tensor) -> Tensor:
-        weight = self.weights[0].expand(len(query), -1, -1, -1)
-        return fused_softmax_mean(query, weight, state.value, state.log_weight.contiguous())[0]
+        return self._read(query, state)[0]
+
+    def _read(self, query: Tensor, state: State) -> tuple[Tensor, Tensor]:
+        return fused_softmax_mean(query, self._weight(0, query), state.value, state.log_weight.contiguous())
+
+    def _weight(self, side: int, x: Tensor) -> Tensor:
+        """W, (H, R, D), beside x, (B, H, T, D) or (B, H, n, T, D)."""
+        weight = self.weights[side] if x.ndim == 4 else self.weights[side].unsqueeze(1)
+        return weight.expand(*x.shape[:-2], -1, -1)
 
 
 class _Sums(_Folding):
@@ -179,8 +193,13 @@ class _Sums(_Folding):
 
     def merge_each(self, states: State, chosen: Tensor) -> State:
         # What is chosen is added up. To take the rest from the total would be cheaper, and cancel.
-        sums = chosen.to(states.value.dtype) @ states.value.flatten(-2)
-        return self._state(sums.unflatten(-1, states.value.shape[-2:]))
+        # Heads come last before D, as they lie in memory.
+        value = states.value.permute(0, 2, 3, 1, 4)
+        sums = chosen.to(value.dtype) @ value.flatten(2)
+        return self._state(sums.unflatten(-1, value.shape[2:]).permute(0, 3, 1, 2, 4))
+
+    def merge_others(self, states: State) -> State:
+        return self._state(states.value[:, :, 1:].sum(dim=2))
 
     def read(self, query: Tensor, state: State, position: Tensor, blocks: int = 0) -> tuple[Tensor, Tensor]:
         sums = in_blocks(self.map.query_features(query * self.root, position), blocks) @ state.value
@@ -227,7 +246,8 @@ def stream_linear(
     Returns:
         (B, H, T, D) in the dtype of ``query``, tokens before heads in memory; padded slots hold anything finite.
     """
-    kernel = kernel_of(feature_map, query, scale, fused=has_fused_softmax(query))
+    rows = query.shape[2] if torch.is_grad_enabled() else None
+    kernel = kernel_of(feature_map, query, scale, fused=has_fused_softmax(query, rows))
     token_mask = None if mask is None else mask[:, None, :, None]
     offset = state_offset(feature_map, key, mask, scale)
 
@@ -238,12 +258,12 @@ def stream_linear(
         return kernel.read_alone(_upcast(query), state, position).to(query.dtype)
 
     chunk = kernel.chunk(query)
-    call = _caller(query)
-    positions = positions_of(query, token_mask).split(chunk, dim=2)
-    masks = [None] * len(positions) if token_mask is None else token_mask.split(chunk, dim=2)
-    parts = zip(key.split(chunk, dim=2), value.split(chunk, dim=2), masks, positions)
+    call = _caller(query, kernel)
+    positions = _split(positions_of(query, token_mask), chunk)
+    masks = [None] * len(positions) if token_mask is None else _split(token_mask, chunk)
+    parts = zip(_split(key, chunk), _split(value, chunk), masks, positions)
     state = with_offset(reduce(kernel.merge, (call(fold, *part) for part in parts)), offset)
-    return _joined((call(read, *part) for part in zip(query.split(chunk, dim=2), positions)), query)
+    return _joined((call(read, *part) for part in zip(_split(query, chunk), positions)), query)
 
 
 @torch.compiler.disable
@@ -262,18 +282,18 @@ def stream_near_far(
 
     Blocks count slots: padding must be on the right. Time O(B·H·T·(3·window + R)·D).
     """
-    kernel = kernel_of(feature_map, query, scale)
+    kernel = kernel_of(feature_map, query, scale, fused=has_fused_softmax(query, window))
     text = _Blocks(query, key, value, mask, window)
     offset = state_offset(feature_map, key, mask, scale)
     log_factor: Tensor | float = math.log(feature_map.weight)
     if gain is not None:
         log_factor = log_factor + _upcast(gain)[:, None, None]
     nothing = kernel.empty(_upcast(value[:, :, :1]))
-    near_parts = None
+    near_of: Callable[[int], tuple[Tensor, Tensor]] = partial(text.near, scale=scale)
     if kernels.take(query):
         whole = attend_near_on_gpu(query, key, value, mask, window, scale)
         slots = (text.segments[0][1] - text.segments[0][0]) * window
-        near_parts = list(zip(*(x.split(slots, dim=2) for x in whole)))
+        near_of = list(zip(*(x.split(slots, dim=2) for x in whole))).__getitem__
 
     def fold(start: int, stop: int) -> State:
         """States of those blocks that there are."""
@@ -281,7 +301,8 @@ def stream_near_far(
 
     # No more numbers than there are in the values: cheaper to keep than to make again.
     keep = feature_map.num_features <= window
-    kept = [_recomputed(fold, *segment) for segment in text.segments] if keep else []
+    call = _caller(query, kernel)
+    kept = [call(fold, *segment) for segment in text.segments] if keep else []
 
     def states_of(segment: int, reach: int) -> list[State]:
         """States of a segment's blocks, and of ``reach`` (0 or 1) neighbouring blocks on either side."""
@@ -291,23 +312,21 @@ def stream_near_far(
         left = [_part(kept[segment - 1], -1, None)] if reach and segment > 0 else []
         return [*left, kept[segment], *(_part(state, 0, 1) for state in kept[segment + 1 : segment + 1 + reach])]
 
-    def start_of(segment: int) -> list[State]:
-        """States of a segment's first block, and of its other blocks."""
-        states = stacked([nothing, *states_of(segment, 0)])
-        chosen = torch.ones(2, states.value.shape[2], dtype=torch.bool, device=query.device)
-        chosen[0, 2:] = chosen[1, 1] = False
-        return _unbound(kernel.merge_each(states, chosen))
+    def behind(segment: int, first: State, after: State) -> tuple[State, State]:
+        """The state of a segment's first block, and of all blocks behind that one.
+
+        ``first`` is that of the next segment's first block, and ``after`` that of all blocks behind it.
+        """
+        (states,) = states_of(segment, 0)
+        others = kernel.merge(kernel.merge_others(states), first)
+        # A copy: a view would keep the states of all blocks.
+        return State(*(x[:, :, 0].clone() for x in states)), kernel.merge(others, after)
 
     def attend(segment: int, before: State, after: State) -> tuple[Tensor, State]:
         """A segment's output, and the state of all blocks before its last one."""
         start, stop = text.segments[segment]
         queries, position = text.queries(start, stop)
-        if near_parts is None:
-            keys, values, token_mask, _ = text.keys(start - 1, stop + 1)
-            neighbours = (start > 0, stop < text.num_blocks)
-            near, near_log_weight = attend_near(queries, keys, values, token_mask, window, neighbours, scale)
-        else:
-            near, near_log_weight = near_parts[segment]
+        near, near_log_weight = near_of(segment)
         # One row for each block: the blocks before and within the segment that are far from it. One more: those before
         # the segment's last.
         block = torch.arange(max(start - 1, 0), min(stop + 1, text.num_blocks), device=query.device)
@@ -326,9 +345,8 @@ def stream_near_far(
     segments = range(len(text.segments))
     afters, first = [nothing], nothing
     for segment in reversed(segments[1:]):
-        next_first, others = _recomputed(start_of, segment)
-        afters.append(kernel.merge(kernel.merge(others, first), afters[-1]))
-        first = next_first
+        first, after = _recomputed(behind, segment, first, afters[-1])
+        afters.append(after)
 
     def outputs() -> Iterator[Tensor]:
         before = nothing
@@ -346,15 +364,12 @@ def stream_local(
     """Attention to the slots at most ``radius`` away; arguments and result as in :func:`stream_near_far`."""
     text = _Blocks(query, key, value, mask, radius)
 
-    def attend(start: int, stop: int) -> Tensor:
-        queries, _ = text.queries(start, stop)
-        keys = text.keys(start - 1, stop + 1)
-        neighbours = (start > 0, stop < text.num_blocks)
-        output, _ = attend_near(queries, *keys[:3], radius, neighbours, scale, radius)
+    def attend(segment: int) -> Tensor:
+        output, _ = text.near(segment, scale, radius)
         return output.to(query.dtype)
 
     call = _caller(query)
-    return _joined((call(attend, *segment) for segment in text.segments), query)
+    return _joined((call(attend, segment) for segment in range(len(text.segments))), query)
 
 
 class _Blocks:
@@ -375,6 +390,7 @@ class _Blocks:
         self.whole = (query, key, value, positions_of(query, self.mask))
         # The gradient of a slice is as large as the whole; that of all pieces of one split is made once.
         self.pieces = [x.split(window, dim=2) for x in self.whole]
+        self.near_parts: dict[int, tuple[Tensor, Tensor]] = {}
 
     def queries(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Queries (B, H, t, D) of some blocks, and their positions."""
@@ -386,6 +402,17 @@ class _Blocks:
         slots = slice(max(start, 0) * self.window, stop * self.window)
         mask = None if self.mask is None else self.mask[:, :, slots]
         return _upcast(key), _upcast(value), mask, position
+
+    def near(self, segment: int, scale: float, radius: int | None = None) -> tuple[Tensor, Tensor]:
+        """:func:`attend_near` for a segment; what it gives is kept for when the backward pass asks again."""
+        start, stop = self.segments[segment]
+        queries, _ = self.queries(start, stop)
+        keys, values, mask, _ = self.keys(start - 1, stop + 1)
+        neighbours, known = (start > 0, stop < self.num_blocks), self.near_parts.get(segment)
+        near = attend_near(queries, keys, values, mask, self.window, neighbours, scale, radius, known)
+        if torch.is_grad_enabled():
+            self.near_parts[segment] = near[0].detach(), near[1].detach()
+        return near
 
     def _take(self, index: int, start: int, stop: int) -> Tensor:
         start = max(start, 0)
@@ -433,16 +460,16 @@ def _read_blocks(
 
 def stacked(states: Sequence[State]) -> State:
     """States, and such as hold several along dim 2, as one that holds all of them."""
-    parts = zip(*((x if x.ndim == 5 else x.unsqueeze(2) for x in state) for state in states))
-    return State(*(torch.cat(part, dim=2) if len(part) > 1 else part[0] for part in parts))
+    # In memory heads come behind features, as the fused kernel leaves them: so merge_each copies nothing.
+    values, log_weights = zip(*((x if x.ndim == 5 else x.unsqueeze(2) for x in state) for state in states))
+    if len(states) == 1:
+        return State(values[0], log_weights[0])
+    value = torch.cat([x.permute(0, 2, 3, 1, 4) for x in values], dim=1)
+    return State(value.permute(0, 3, 1, 2, 4), torch.cat(log_weights, dim=2))
 
 
 def _part(states: State, start: int, stop: int | None) -> State:
     return State(*(x[:, :, start:stop] for x in states))
-
-
-def _unbound(states: State) -> list[State]:
-    return [State(*parts) for parts in zip(*(x.unbind(2) for x in states))]
 
 
 def with_offset(state: State, offset: Tensor | None) -> State:
@@ -478,20 +505,28 @@ def positions_of(query: Tensor, token_mask: Tensor | None) -> Tensor:
     return (token_mask.cumsum(dim=2) - 1).clamp(min=0).to(dtype) / count
 
 
-def _upcast(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _caller(query: Tensor) -> Callable[..., Any]:
+def _caller(query: Tensor, kernel: _Exponential | _Sums | None = None) -> Callable[..., Any]:
     """What calls the parts of texts (B, H, T, D), to make them anew in the backward pass where that saves memory.
 
     A text of at most D tokens has fewer logits than its state or its keys have numbers, which are kept in any case.
+    The fused kernel keeps no logits, but half precision would be kept upcast.
     """
-    return _recomputed if query.shape[2] > query.shape[3] else _called
+    keeps_little = query.shape[2] <= query.shape[3] or (isinstance(kernel, _Fused) and not _is_half(query))
+    return _called if keeps_little else _recomputed
 
 
 def _called(function: Callable[..., Any], *arguments: Any) -> Any:
     return function(*arguments)
+
+
+def _upcast(x: Tensor) -> Tensor:
+    """In float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _is_half(x: Tensor) -> bool:
+    """Whether :func:`_upcast` makes a copy."""
+    return x.dtype in (torch.float16, torch.bfloat16)
 
 
 def _recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -501,10 +536,16 @@ def _recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
     return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
+def _split(x: Tensor, chunk: int) -> Sequence[Tensor]:
+    """Chunks of x along dim 2. A split's gradient is a copy: there is none of x alone."""
+    return (x,) if chunk >= x.shape[2] else x.split(chunk, dim=2)
+
+
 def _joined(chunks: Iterable[Tensor], like: Tensor) -> Tensor:
     """Chunks (B, H, …, D) one behind the other, (B, H, T, D), tokens before heads in memory."""
     if torch.is_grad_enabled():
-        return torch.cat([chunk.transpose(1, 2) for chunk in chunks], dim=1).transpose(1, 2)
+        parts = [chunk.transpose(1, 2) for chunk in chunks]
+        return (torch.cat(parts, dim=1) if len(parts) > 1 else parts[0].contiguous()).transpose(1, 2)
     texts, heads, length, head_dim = like.shape
     output, start = like.new_empty(texts, length, heads, head_dim).transpose(1, 2), 0
     for chunk in chunks:

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from st_linear.attention import exact_limit, softmax_attention
 from st_linear.feature_maps import ExponentialFeatureMap, FeatureMap
-from st_linear.near import LOG_ZERO, in_blocks, log_of, softmax_mean
+from st_linear.near import in_blocks
+from st_linear.softmax import LOG_ZERO, log_of, softmax_mean
 from st_linear.streaming import State, kernel_of, positions_of, state_offset, with_offset
 
 

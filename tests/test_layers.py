@@ -16,6 +16,7 @@ LAYERS = [
     "feature_maps",
     "positions",
     "kernels",
+    "softmax",
     "near",
     "streaming",
     "attention",

@@ -32,7 +32,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from st_linear import attention, near, streaming
+from st_linear import attention, near, softmax, streaming
 from st_linear.attention import (
     linear_attention,
     linear_attention_reference,
@@ -59,16 +59,23 @@ SIZED = ("favor", "favor_relu", "learned_favor", "hedgehog", "t2r")
 
 
 @contextmanager
-def sizes(chunk: int | None = None, segment: int | None = None, short: int | None = None) -> Iterator[None]:
-    """Mapped elements of a chunk, tokens of a segment, and tokens of a text that is not short; None leaves a size."""
+def sizes(
+    chunk: int | None = None, segment: int | None = None, short: int | None = None, fused: int | None = None
+) -> Iterator[None]:
+    """Mapped elements of a chunk, tokens of a segment, tokens of a text that is not short, and rows from which on
+    gradients come from the fused kernel; None leaves a size."""
     with pytest.MonkeyPatch.context() as patch:
         if chunk is not None:
             patch.setattr(near, "CHUNK_ELEMENTS", {"cpu": chunk, "cuda": chunk})
             patch.setattr(streaming, "_FUSED_TOKENS", max(1, chunk // 8))
+            for module in (near, softmax):
+                patch.setattr(module, "FUSED_BACKWARD_TOKENS", max(1, chunk // 8))
         if segment is not None:
             patch.setattr(streaming, "_SEGMENT_TOKENS", segment)
         if short is not None:
             patch.setattr(attention, "_SHORT", short)
+        if fused is not None:
+            patch.setattr(softmax, "FUSED_ROWS", fused)
         yield
 
 
@@ -93,6 +100,7 @@ class Case(NamedTuple):
     chunk: int
     segment: int
     short: int
+    fused: int
     seed: int
 
 
@@ -128,6 +136,7 @@ def cases(draw: st.DrawFn) -> Case:
         # At least some eight segments' worth, or small blocks would take seconds.
         segment=draw(st.integers(max(1, length // 8), length + 1)),
         short=draw(st.sampled_from([1, 8, 32, 512])),
+        fused=draw(st.sampled_from([1, 1, 16, 512])),
         seed=draw(st.integers(0, 2**16)),
     )
 
@@ -228,7 +237,7 @@ def check(case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
     attention_mask = None if case.padding == "none" else mask
     form, double = form_of(case, torch.float32 if half else dtype, device), form_of(case, torch.float64, device)
     attend = packed(form.attend, mask) if case.packed else partial(form.attend, attention_mask=attention_mask)
-    with sizes(case.chunk, case.segment, case.short):
+    with sizes(case.chunk, case.segment, case.short, case.fused):
         actual = compute(attend, inputs, form.parameters, case.trained)
     assert actual.output.dtype == actual.without_gradients.dtype == dtype
     reference = partial(double.reference, attention_mask=attention_mask)
@@ -295,6 +304,7 @@ TINY_WEIGHTS = Case(
     chunk=1,
     segment=1,
     short=1,
+    fused=512,
     seed=3,
 )
 
@@ -334,10 +344,16 @@ def test_equals_the_reference_on_a_gpu(dtype: torch.dtype) -> None:
     test()
 
 
-@pytest.mark.parametrize(("length", "recomputes"), [(8, False), (9, True)])
-@pytest.mark.parametrize("name", ["linear:hedgehog", "linear:elu", "local"])
-def test_texts_of_few_tokens_are_not_recomputed(
-    name: str, length: int, recomputes: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("name", "length", "fused", "recomputes"),
+    [
+        *((name, 8, 512, False) for name in ("linear:hedgehog", "linear:elu", "local")),
+        *((name, 9, 512, True) for name in ("linear:hedgehog", "linear:elu", "local")),
+        *(("linear:hedgehog", 9, 9, False), ("linear:hedgehog", 9, 10, True), ("linear:elu", 9, 9, True)),
+    ],
+)
+def test_only_what_would_be_kept_is_recomputed(
+    name: str, length: int, fused: int, recomputes: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
 
@@ -347,7 +363,8 @@ def test_texts_of_few_tokens_are_not_recomputed(
 
     monkeypatch.setattr(streaming, "checkpoint", counted)
     form = make_form(name, num_heads=2, head_dim=8, size=4)
-    run(form.attend, form.parameters, make_inputs(3, 2, length, 8))
+    with sizes(fused=fused):
+        run(form.attend, form.parameters, make_inputs(3, 2, length, 8))
     assert bool(calls) == recomputes
 
 

@@ -1,0 +1,227 @@
+"""Means under a softmax that also give the logarithm of its sum of weights: what parts of attention are merged by."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Logarithm of a weight of nothing. Finite, so that a row of such weights has a softmax, and sums of it no NaN.
+LOG_ZERO = -1e30
+
+# Rows of queries or of keys from which on the fused kernel's backward pass is faster than plain products.
+FUSED_ROWS = 64
+
+# Tokens of which that pass has copies at a time.
+FUSED_BACKWARD_TOKENS = 1024
+
+# Columns that these copies have more. One is needed: products are no faster for fewer than a vector's.
+_COLUMNS = 8
+
+# The kernels behind scaled_dot_product_attention, which does not hand on the logarithm that they give.
+_attend_fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_attend_fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def log_of(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """The logarithm of a mask: nought where it is true, :data:`LOG_ZERO` elsewhere."""
+    return mask.new_zeros((), dtype=dtype).masked_fill(~mask, LOG_ZERO)
+
+
+def softmax_mean(logits: Tensor, value: Tensor, dim: int = -1) -> tuple[Tensor, Tensor]:
+    """Mean of ``value`` under the softmax of ``logits`` along ``dim``, and the logarithm of the softmax's sum.
+
+    Shapes: logits (…, M, N), value (…, N, D) to (…, M, D) and (…, M, 1) for ``dim=-1``; for ``dim=-2`` the rows of
+    logits are those of value, (…, N, M), and the outputs are (…, M, D) and (…, 1, M).
+    """
+    if torch.is_grad_enabled():
+        return _SoftmaxMean.apply(logits, value, dim)
+    return _softmax_mean(logits, value, dim)[1:]
+
+
+def _softmax_mean(logits: Tensor, value: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    weights = logits.softmax(dim)
+    mean = (weights if dim == -1 else weights.transpose(-1, -2)) @ value
+    # The weight of the largest logit is one over the sum of exponentials: no second pass of exponentials.
+    return weights, mean, logits.amax(dim, keepdim=True) - weights.amax(dim, keepdim=True).log()
+
+
+class _SoftmaxMean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, value: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        weights, mean, log_sum = _softmax_mean(logits, value, dim)
+        ctx.save_for_backward(weights, value, mean)
+        ctx.dim = dim
+        return mean, log_sum
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_mean: Tensor, grad_log_sum: Tensor) -> tuple[Tensor, Tensor, None]:
+        weights, value, mean = ctx.saved_tensors
+        by_row = (grad_mean * mean).sum(-1, keepdim=True)
+        if ctx.dim == -1:
+            grad_logits = grad_mean @ value.transpose(-1, -2)
+            grad_value = weights.transpose(-1, -2) @ grad_mean
+        else:
+            grad_logits = value @ grad_mean.transpose(-1, -2)
+            grad_value = weights @ grad_mean
+            by_row = by_row.transpose(-1, -2)
+        return grad_logits.sub_(by_row - grad_log_sum).mul_(weights), grad_value, None
+
+
+def has_fused_softmax(query: Tensor, rows: int | None = None) -> bool:
+    """Whether :func:`fused_softmax_mean` takes such a query: on the CPU.
+
+    With ``rows``, those of a text's queries or keys, or of a block's: and is worth it, forward and backward.
+    """
+    return query.device.type == "cpu" and (rows is None or rows >= FUSED_ROWS)
+
+
+def fused_softmax_mean(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """:func:`softmax_mean` of the logits ``scale · q·k + bias``, on the CPU: logits are never in memory, nor kept.
+
+    Shapes: query (B, H, M, D), key and value (B, H, N, D), or n blocks of each, (B, H, n, M, D) and (B, H, n, N, D);
+    bias broadcasts to (B, H, M, N), or (B, H, n, M, N). With gradients, it is one of keys: M = 1.
+    """
+    if query.ndim == 5:
+        texts, blocks = query.shape[0], query.shape[2]
+        if bias is not None and bias.ndim == 5:
+            bias = _as_texts(bias.expand(texts, -1, blocks, -1, -1))
+        mean, log_sum = fused_softmax_mean(_as_texts(query), _as_texts(key), _as_texts(value), bias, scale)
+        return _as_blocks(mean, texts), _as_blocks(log_sum, texts)
+    if torch.is_grad_enabled():
+        return _FusedSoftmaxMean.apply(query, key, value, bias, scale)
+    return _fused_softmax_mean(query, key, value, bias, scale)
+
+
+def _fused_softmax_mean(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    mean, log_sum = _attend_fused(query, key, value, attn_mask=bias, scale=scale)
+    return mean, log_sum.unsqueeze(-1)
+
+
+class _FusedSoftmaxMean(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        mean, log_sum = _fused_softmax_mean(query, key, value, bias, scale)
+        ctx.save_for_backward(query, key, value, bias, mean, log_sum)
+        ctx.scale = scale
+        return mean, log_sum
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_mean: Tensor, grad_log_sum: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, bias, mean, log_sum = ctx.saved_tensors
+        # The longer side is cut into parts, each with a gradient of its own; the other's are added up.
+        by_query = query.shape[2] >= key.shape[2]
+        cut = (by_query, *[not by_query] * 3)
+        like = (query, key, value, key[..., :1])
+        results = [torch.empty_like(x) if parts else torch.zeros_like(x) for x, parts in zip(like, cut)]
+        step, whole = max(1, FUSED_BACKWARD_TOKENS // len(query)), slice(None)
+        for start in range(0, max(query.shape[2], key.shape[2]), step):
+            part = slice(start, start + step)
+            rows, columns = (part, whole) if by_query else (whole, part)
+            pieces = fused_gradients(
+                (grad_mean[:, :, rows], grad_log_sum[:, :, rows]),
+                (mean[:, :, rows], log_sum[:, :, rows]),
+                query[:, :, rows],
+                key[:, :, columns],
+                value[:, :, columns],
+                None if bias is None else bias[..., columns],
+                ctx.scale,
+            )
+            for result, piece, parts in zip(results, pieces, cut):
+                if parts:
+                    result[:, :, part] = piece
+                else:
+                    result += piece
+        *others, grad_bias = results
+        return *others, grad_bias.mT.sum_to_size(bias.shape) if ctx.needs_input_grad[3] else None, None
+
+
+def softmax_gradients(
+    gradients: tuple[Tensor, Tensor],
+    outputs: tuple[Tensor, Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value and of a bias of keys, (…, N, 1), from those of a mean and its logarithm.
+
+    Shapes are those of :func:`fused_softmax_mean`, whose ``outputs`` are at hand. Under weights p, the gradient of
+    logits is ``p · (g·v - g·mean + h)``, where g is the mean's and h the logarithm's.
+    """
+    (grad_mean, grad_log_sum), (mean, log_sum) = gradients, outputs
+    logits = query * scale @ key.mT
+    weights = ((logits if bias is None else logits + bias) - log_sum).exp_()
+    by_row = (grad_mean * mean).sum(dim=-1, keepdim=True) - grad_log_sum
+    grad_logits = (grad_mean @ value.mT).sub_(by_row).mul_(weights)
+    grad_bias = grad_logits.sum(dim=-2).unsqueeze(-1)
+    return grad_logits @ key * scale, grad_logits.mT @ query * scale, weights.mT @ grad_mean, grad_bias
+
+
+def fused_gradients(
+    gradients: tuple[Tensor, Tensor],
+    outputs: tuple[Tensor, Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`softmax_gradients` through the backward pass of the fused kernel.
+
+    That pass takes no h, and gives no gradient of the bias. One more column brings both: it is 1 in g, 0 in v and -h
+    in the mean; and 1 / scale in q, and 0 in k, whose gradient there is the bias's.
+    """
+    if query.ndim == 5:
+        texts, blocks = query.shape[0], query.shape[2]
+        if bias is not None and bias.ndim == 5:
+            bias = _as_texts(bias.expand(texts, -1, blocks, -1, -1))
+        gradients, outputs = ((_as_texts(mean), _as_texts(log_sum)) for mean, log_sum in (gradients, outputs))
+        query, key, value = _as_texts(query), _as_texts(key), _as_texts(value)
+        by_query, by_key, by_value, by_bias = fused_gradients(gradients, outputs, query, key, value, bias, scale)
+        return (
+            _as_blocks(by_query, texts),
+            _as_blocks(by_key, texts),
+            _as_blocks(by_value, texts),
+            _as_blocks(by_bias, texts),
+        )
+    (grad_mean, grad_log_sum), (mean, log_sum) = gradients, outputs
+    head_dim = query.shape[-1]
+    query, key, value = (_with_column(x, column) for x, column in ((query, 1 / scale), (key, 0), (value, 0)))
+    mean, grad_mean = _with_column(mean, -grad_log_sum.squeeze(-1)), _with_column(grad_mean, 1)
+    by_query, by_key, by_value = _attend_fused_backward(
+        grad_mean, query, key, value, mean, log_sum.squeeze(-1), 0.0, False, attn_mask=bias, scale=scale
+    )
+    grad_bias = by_key[..., head_dim : head_dim + 1]
+    return by_query[..., :head_dim], by_key[..., :head_dim], by_value[..., :head_dim], grad_bias
+
+
+def _with_column(x: Tensor, column: Tensor | float) -> Tensor:
+    """A copy of x, (…, D), with a column behind its last, and some of zeros."""
+    head_dim = x.shape[-1]
+    copy = x.new_empty(*x.shape[:-1], head_dim + _COLUMNS)
+    copy[..., :head_dim] = x
+    copy[..., head_dim] = column
+    copy[..., head_dim + 1 :] = 0
+    return copy
+
+
+def _as_texts(x: Tensor) -> Tensor:
+    """(B, H, n, …) to (B · n, H, …)."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def _as_blocks(x: Tensor, texts: int) -> Tensor:
+    """(B · n, H, …) to (B, H, n, …)."""
+    return x.unflatten(0, (texts, -1)).transpose(1, 2)
