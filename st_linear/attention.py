@@ -439,11 +439,11 @@ def _streamed(
     """``stream`` for as many texts at once as are about as much work as one long text."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     texts = max(1, 2 * _SHORT // query.shape[2])
-    if len(query) <= texts:
+    if len(query) <= texts:  # the gradients of parts are copied to make that of the whole
         return stream(query, key, value, mask, scale=scale)
     masks = itertools.repeat(None) if mask is None else mask.split(texts)
     outputs = [stream(*part, scale=scale) for part in zip(*(x.split(texts) for x in (query, key, value)), masks)]
-    return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+    return torch.cat(outputs)
 
 
 def _prepare(

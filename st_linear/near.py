@@ -17,7 +17,9 @@ from st_linear.softmax import (
     FUSED_BACKWARD_TOKENS,
     fused_gradients,
     fused_softmax_mean,
+    fused_softmax_pays,
     has_fused_softmax,
+    in_full_precision,
     log_of,
     softmax_gradients,
     softmax_mean,
@@ -35,7 +37,7 @@ def attend_near(
     value: Tensor,
     mask: Tensor | None,
     window: int,
-    neighbours: tuple[bool, bool],
+    before: int,
     scale: float,
     radius: int | None = None,
     known: tuple[Tensor, Tensor] | None = None,
@@ -43,13 +45,13 @@ def attend_near(
     """Softmax attention of each block to itself and its neighbours, and the logarithm of the sum of its weights.
 
     Shapes: query (B, H, t, D) to (B, H, t, D) and (B, H, t, 1); key and value (B, H, t', D) and mask (B, 1, t', 1) are
-    those of the same blocks, with the block before them and the one after them if ``neighbours`` says so. ``known`` is
-    the result, where only its gradients are wanted.
+    those of the same blocks, with the block that comes before them, of ``before`` slots or 0, and the one that comes
+    after them, if there is one. ``known`` is the result, where only its gradients are wanted.
     """
-    blocks = _Blocks(mask, window, window if neighbours[0] else 0, scale, radius)
+    form = _Form(mask, window, before, scale, radius)
     if torch.is_grad_enabled():
-        return _Near.apply(query, key, value, blocks, known)
-    return blocks.attend(query, key, value)
+        return _Near.apply(query, key, value, form, known)
+    return form.attend(query, key, value)
 
 
 class _Run(NamedTuple):
@@ -58,16 +60,12 @@ class _Run(NamedTuple):
     queries: slice
     keys: slice
     """Those of the blocks and of their neighbours."""
-    blocks: int
+    alike: int
     """How many blocks with two whole neighbours; 0 = a first or last one, alone."""
 
 
-class _Blocks(NamedTuple):
-    """What :func:`attend_near` does, and its backward pass.
-
-    Attributes:
-        before: Slots of the keys before the first block.
-    """
+class _Form(NamedTuple):
+    """What is the same for all blocks; names as in :func:`attend_near`."""
 
     mask: Tensor | None
     window: int
@@ -93,15 +91,15 @@ class _Blocks(NamedTuple):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Queries, keys, values and bias of a run, (B, H, n, …) each, or (B, H, …) for one block alone."""
         window = self.window
-        query = in_blocks(query[:, :, run.queries], run.blocks)
+        query = in_blocks(query[:, :, run.queries], run.alike)
         key, value = (x[:, :, run.keys] for x in (key, value))
-        if run.blocks:
-            # Overlapping views: the fused kernel takes keys with any strides, and nothing is copied.
+        if run.alike:
+            # Overlapping views: of one text, the fused kernel takes them as they are.
             key, value = (x.unfold(2, 3 * window, window).mT for x in (key, value))
         bias = None
         if self.mask is not None:
             mask = self.mask[:, :, run.keys]
-            bias = log_of(mask.unfold(2, 3 * window, window) if run.blocks else mask.mT, query.dtype)
+            bias = log_of(mask.unfold(2, 3 * window, window) if run.alike else mask.mT, query.dtype)
         if self.radius is not None:
             i = torch.arange(query.shape[-2], device=query.device)[:, None] + run.queries.start + self.before
             j = torch.arange(key.shape[-2], device=query.device) + run.keys.start
@@ -119,9 +117,9 @@ class _Blocks(NamedTuple):
             if fused:
                 output = fused_softmax_mean(q, k, v, bias, self.scale)
             else:
-                logits = q * self.scale @ k.mT
+                logits = q @ k.mT * self.scale
                 output = softmax_mean(logits if bias is None else logits + bias, v)
-            outputs.append([x.flatten(2, 3) if run.blocks else x for x in output])
+            outputs.append([x.flatten(2, 3) if run.alike else x for x in output])
         mean, log_weight = (torch.cat(parts, dim=2) if len(parts) > 1 else parts[0] for parts in zip(*outputs))
         return mean, log_weight
 
@@ -129,38 +127,40 @@ class _Blocks(NamedTuple):
 class _Near(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, blocks: _Blocks, known: tuple[Tensor, Tensor] | None
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, form: _Form, known: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor]:
-        mean, log_weight = known or blocks.attend(query, key, value)
+        # Tensors of its own, as what is returned gets a history.
+        mean, log_weight = (x.detach() for x in (form.attend(query, key, value) if known is None else known))
         ctx.save_for_backward(query, key, value, mean, log_weight)
-        ctx.blocks = blocks
+        ctx.form = form
         return mean, log_weight
 
     @staticmethod
     @once_differentiable
+    @in_full_precision
     def backward(ctx: Any, grad_mean: Tensor, grad_log_weight: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, mean, log_weight = ctx.saved_tensors
-        blocks, window = ctx.blocks, ctx.blocks.window
+        form, window = ctx.form, ctx.form.window
         grad_query, grads_by_key = torch.empty_like(query), (torch.zeros_like(key), torch.zeros_like(value))
-        if has_fused_softmax(query, window):
+        if fused_softmax_pays(query, window):
             gradients_of, most = fused_gradients, FUSED_BACKWARD_TOKENS // (len(query) * window)
         else:
             gradients_of, most = softmax_gradients, chunk_tokens(query, 3 * window) // window
-        for run in blocks.runs(query.shape[2], key.shape[2], max(1, most)):
+        for run in form.runs(query.shape[2], key.shape[2], max(1, most)):
             gradients, outputs = (
-                (in_blocks(x[:, :, run.queries], run.blocks), in_blocks(y[:, :, run.queries], run.blocks))
+                (in_blocks(x[:, :, run.queries], run.alike), in_blocks(y[:, :, run.queries], run.alike))
                 for x, y in ((grad_mean, grad_log_weight), (mean, log_weight))
             )
-            q, k, v, bias = blocks.inputs(query, key, value, run)
-            by_query, *by_key, _ = gradients_of(gradients, outputs, q, k, v, bias, blocks.scale)
-            in_blocks(grad_query[:, :, run.queries], run.blocks).copy_(by_query)
+            q, k, v, bias = form.inputs(query, key, value, run)
+            by_query, *by_key, _ = gradients_of(gradients, outputs, q, k, v, bias, form.scale)
+            in_blocks(grad_query[:, :, run.queries], run.alike).copy_(by_query)
             for gradient, piece in zip(grads_by_key, by_key):
-                if not run.blocks:
+                if not run.alike:
                     gradient[:, :, run.keys] += piece
                     continue
                 for shift, part in enumerate(piece.split(window, dim=3)):
                     first = run.keys.start + shift * window
-                    in_blocks(gradient[:, :, first : first + run.blocks * window], run.blocks).add_(part)
+                    in_blocks(gradient[:, :, first : first + run.alike * window], run.alike).add_(part)
         return grad_query, *grads_by_key, None, None
 
 

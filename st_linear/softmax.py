@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Logarithm of a weight of nothing. Finite, so that a row of such weights has a softmax, and sums of it no NaN.
+Backward = TypeVar("Backward", bound=Callable[..., Any])
+
+# Logarithm of a weight of nothing. Finite, so that a row of such weights has a softmax, and sums of it no NaN. In a
+# backward pass through recomputed weights such a row's are 1 each: it must be one that no gradient comes in for.
 LOG_ZERO = -1e30
 
-# Rows of queries or of keys from which on the fused kernel's backward pass is faster than plain products.
+# Rows of queries or of keys from which on the fused kernel is worth it in training, or block by block.
 FUSED_ROWS = 64
 
-# Tokens of which that pass has copies at a time.
+# Tokens that are copied at a time for its backward pass.
 FUSED_BACKWARD_TOKENS = 1024
 
-# Columns that these copies have more. One is needed: products are no faster for fewer than a vector's.
+# Columns added to these copies. One is needed, and a vector's worth of them costs the same.
 _COLUMNS = 8
-
-# The kernels behind scaled_dot_product_attention, which does not hand on the logarithm that they give.
-_attend_fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_attend_fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def log_of(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -48,6 +49,17 @@ def _softmax_mean(logits: Tensor, value: Tensor, dim: int) -> tuple[Tensor, Tens
     return weights, mean, logits.amax(dim, keepdim=True) - weights.amax(dim, keepdim=True).log()
 
 
+def in_full_precision(backward: Backward) -> Backward:
+    """A backward pass without autocast, also where it is called under one: that would round what is exponentiated."""
+
+    @wraps(backward)
+    def without_autocast(ctx: Any, *gradients: Tensor) -> Any:
+        with torch.autocast(gradients[0].device.type, enabled=False):
+            return backward(ctx, *gradients)
+
+    return cast(Backward, without_autocast)
+
+
 class _SoftmaxMean(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, value: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -58,6 +70,7 @@ class _SoftmaxMean(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @in_full_precision
     def backward(ctx: Any, grad_mean: Tensor, grad_log_sum: Tensor) -> tuple[Tensor, Tensor, None]:
         weights, value, mean = ctx.saved_tensors
         by_row = (grad_mean * mean).sum(-1, keepdim=True)
@@ -71,12 +84,14 @@ class _SoftmaxMean(torch.autograd.Function):
         return grad_logits.sub_(by_row - grad_log_sum).mul_(weights), grad_value, None
 
 
-def has_fused_softmax(query: Tensor, rows: int | None = None) -> bool:
-    """Whether :func:`fused_softmax_mean` takes such a query: on the CPU.
+def has_fused_softmax(query: Tensor) -> bool:
+    """Whether :func:`fused_softmax_mean` takes such a query: on the CPU."""
+    return query.device.type == "cpu"
 
-    With ``rows``, those of a text's queries or keys, or of a block's: and is worth it, forward and backward.
-    """
-    return query.device.type == "cpu" and (rows is None or rows >= FUSED_ROWS)
+
+def fused_softmax_pays(query: Tensor, rows: int) -> bool:
+    """Whether it also is faster than plain products in training, or for blocks, of so many rows."""
+    return has_fused_softmax(query) and rows >= FUSED_ROWS
 
 
 def fused_softmax_mean(
@@ -85,14 +100,11 @@ def fused_softmax_mean(
     """:func:`softmax_mean` of the logits ``scale · q·k + bias``, on the CPU: logits are never in memory, nor kept.
 
     Shapes: query (B, H, M, D), key and value (B, H, N, D), or n blocks of each, (B, H, n, M, D) and (B, H, n, N, D);
-    bias broadcasts to (B, H, M, N), or (B, H, n, M, N). With gradients, it is one of keys: M = 1.
+    bias broadcasts to (B, H, M, N), or (B, H, n, M, N). With gradients, it is one of keys, (…, 1, N).
     """
     if query.ndim == 5:
-        texts, blocks = query.shape[0], query.shape[2]
-        if bias is not None and bias.ndim == 5:
-            bias = _as_texts(bias.expand(texts, -1, blocks, -1, -1))
-        mean, log_sum = fused_softmax_mean(_as_texts(query), _as_texts(key), _as_texts(value), bias, scale)
-        return _as_blocks(mean, texts), _as_blocks(log_sum, texts)
+        mean, log_sum = fused_softmax_mean(*_inputs_as_texts(query, key, value, bias), scale)
+        return _as_blocks(mean, len(query)), _as_blocks(log_sum, len(query))
     if torch.is_grad_enabled():
         return _FusedSoftmaxMean.apply(query, key, value, bias, scale)
     return _fused_softmax_mean(query, key, value, bias, scale)
@@ -101,7 +113,12 @@ def fused_softmax_mean(
 def _fused_softmax_mean(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    mean, log_sum = _attend_fused(query, key, value, attn_mask=bias, scale=scale)
+    # The kernel behind scaled_dot_product_attention, which does not hand on the logarithm. It takes rows with any
+    # strides, but not columns.
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    bias = None if bias is None else bias.contiguous()
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    mean, log_sum = attend(query, key, value, attn_mask=bias, scale=scale)
     return mean, log_sum.unsqueeze(-1)
 
 
@@ -117,6 +134,7 @@ class _FusedSoftmaxMean(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @in_full_precision
     def backward(ctx: Any, grad_mean: Tensor, grad_log_sum: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, bias, mean, log_sum = ctx.saved_tensors
         # The longer side is cut into parts, each with a gradient of its own; the other's are added up.
@@ -161,7 +179,7 @@ def softmax_gradients(
     logits is ``p · (g·v - g·mean + h)``, where g is the mean's and h the logarithm's.
     """
     (grad_mean, grad_log_sum), (mean, log_sum) = gradients, outputs
-    logits = query * scale @ key.mT
+    logits = query @ key.mT * scale
     weights = ((logits if bias is None else logits + bias) - log_sum).exp_()
     by_row = (grad_mean * mean).sum(dim=-1, keepdim=True) - grad_log_sum
     grad_logits = (grad_mean @ value.mT).sub_(by_row).mul_(weights)
@@ -181,15 +199,13 @@ def fused_gradients(
     """:func:`softmax_gradients` through the backward pass of the fused kernel.
 
     That pass takes no h, and gives no gradient of the bias. One more column brings both: it is 1 in g, 0 in v and -h
-    in the mean; and 1 / scale in q, and 0 in k, whose gradient there is the bias's.
+    in the mean; and 1 in q and 0 in k, whose gradient there is ``scale`` times the bias's.
     """
     if query.ndim == 5:
-        texts, blocks = query.shape[0], query.shape[2]
-        if bias is not None and bias.ndim == 5:
-            bias = _as_texts(bias.expand(texts, -1, blocks, -1, -1))
+        texts = len(query)
         gradients, outputs = ((_as_texts(mean), _as_texts(log_sum)) for mean, log_sum in (gradients, outputs))
-        query, key, value = _as_texts(query), _as_texts(key), _as_texts(value)
-        by_query, by_key, by_value, by_bias = fused_gradients(gradients, outputs, query, key, value, bias, scale)
+        inputs = _inputs_as_texts(query, key, value, bias)
+        by_query, by_key, by_value, by_bias = fused_gradients(gradients, outputs, *inputs, scale)
         return (
             _as_blocks(by_query, texts),
             _as_blocks(by_key, texts),
@@ -198,12 +214,13 @@ def fused_gradients(
         )
     (grad_mean, grad_log_sum), (mean, log_sum) = gradients, outputs
     head_dim = query.shape[-1]
-    query, key, value = (_with_column(x, column) for x, column in ((query, 1 / scale), (key, 0), (value, 0)))
+    query, key, value = (_with_column(x, column) for x, column in ((query, 1), (key, 0), (value, 0)))
     mean, grad_mean = _with_column(mean, -grad_log_sum.squeeze(-1)), _with_column(grad_mean, 1)
-    by_query, by_key, by_value = _attend_fused_backward(
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    by_query, by_key, by_value = backward(
         grad_mean, query, key, value, mean, log_sum.squeeze(-1), 0.0, False, attn_mask=bias, scale=scale
     )
-    grad_bias = by_key[..., head_dim : head_dim + 1]
+    grad_bias = by_key[..., head_dim : head_dim + 1] / scale
     return by_query[..., :head_dim], by_key[..., :head_dim], by_value[..., :head_dim], grad_bias
 
 
@@ -215,6 +232,15 @@ def _with_column(x: Tensor, column: Tensor | float) -> Tensor:
     copy[..., head_dim] = column
     copy[..., head_dim + 1 :] = 0
     return copy
+
+
+def _inputs_as_texts(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Blocks of each, (B, H, n, …), in the place of texts. Of several texts, overlapping blocks are copied."""
+    if bias is not None and bias.ndim == 5:
+        bias = _as_texts(bias.expand(len(query), -1, query.shape[2], -1, -1))
+    return _as_texts(query), _as_texts(key), _as_texts(value), bias
 
 
 def _as_texts(x: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """Linear and near/far attention in chunks: what is mapped is never stored at length, forward or backward.
 
 A text's keys and values are folded, chunk by chunk, into one *state* per head: for each of R features a mean value and
-its weight. Queries are read out of it, chunk by chunk. The backward pass recomputes each chunk, but for texts of a few
-tokens: in PyTorch's fused kernel where it is at hand, else as a checkpoint. So memory beyond inputs and outputs is a
-few chunks and a few states, whatever the length.
+its weight. Queries are read out of it, chunk by chunk. The backward pass computes each chunk again, in PyTorch's fused
+kernel or as a checkpoint; only what short texts store is kept. So memory beyond inputs and outputs is a few chunks and
+a few states, whatever the length, and in near/far attention as much as the output, for its near part.
 
 Exponential maps, ``φ(x) = exp(logits)``, are two softmaxes, which is what keeps them in range at any size of logits:
 
@@ -32,7 +32,14 @@ from torch.utils.checkpoint import checkpoint
 from st_linear import kernels
 from st_linear.feature_maps import ExponentialFeatureMap, FeatureMap
 from st_linear.near import attend_near, attend_near_on_gpu, chunk_tokens, in_blocks
-from st_linear.softmax import LOG_ZERO, fused_softmax_mean, has_fused_softmax, log_of, softmax_mean
+from st_linear.softmax import (
+    LOG_ZERO,
+    fused_softmax_mean,
+    fused_softmax_pays,
+    has_fused_softmax,
+    log_of,
+    softmax_mean,
+)
 
 _SEGMENT_TOKENS = 1024
 
@@ -147,14 +154,14 @@ class _Fused(_Exponential):
     weights: tuple[Tensor, Tensor]
 
     def chunk(self, query: Tensor) -> int:
-        # With gradients the fewer the better, as theirs are put together again. Upcast inputs would be kept.
+        # One chunk, as the gradients of several would be copied to make one; but upcast inputs would be kept.
         if torch.is_grad_enabled() and not _is_half(query):
             return query.shape[2]
         return max(1, _FUSED_TOKENS // len(query))
 
     def fold(self, key: Tensor, value: Tensor, mask: Tensor | None, position: Tensor, blocks: int = 0) -> State:
         biases = list(self._key_biases(key, mask))
-        bias = in_blocks(reduce(torch.add, biases), blocks).mT.contiguous() if biases else None
+        bias = in_blocks(reduce(torch.add, biases), blocks).mT if biases else None
         key, value = in_blocks(key, blocks), in_blocks(value, blocks)
         mean, log_weight = fused_softmax_mean(self._weight(1, key), key, value, bias)
         return State(mean, log_weight.mT)
@@ -167,7 +174,7 @@ class _Fused(_Exponential):
         return self._read(query, state)[0]
 
     def _read(self, query: Tensor, state: State) -> tuple[Tensor, Tensor]:
-        return fused_softmax_mean(query, self._weight(0, query), state.value, state.log_weight.contiguous())
+        return fused_softmax_mean(query, self._weight(0, query), state.value, state.log_weight)
 
     def _weight(self, side: int, x: Tensor) -> Tensor:
         """W, (H, R, D), beside x, (B, H, T, D) or (B, H, n, T, D)."""
@@ -246,8 +253,8 @@ def stream_linear(
     Returns:
         (B, H, T, D) in the dtype of ``query``, tokens before heads in memory; padded slots hold anything finite.
     """
-    rows = query.shape[2] if torch.is_grad_enabled() else None
-    kernel = kernel_of(feature_map, query, scale, fused=has_fused_softmax(query, rows))
+    fused = fused_softmax_pays(query, query.shape[2]) if torch.is_grad_enabled() else has_fused_softmax(query)
+    kernel = kernel_of(feature_map, query, scale, fused=fused)
     token_mask = None if mask is None else mask[:, None, :, None]
     offset = state_offset(feature_map, key, mask, scale)
 
@@ -282,7 +289,7 @@ def stream_near_far(
 
     Blocks count slots: padding must be on the right. Time O(B·H·T·(3·window + R)·D).
     """
-    kernel = kernel_of(feature_map, query, scale, fused=has_fused_softmax(query, window))
+    kernel = kernel_of(feature_map, query, scale, fused=fused_softmax_pays(query, window))
     text = _Blocks(query, key, value, mask, window)
     offset = state_offset(feature_map, key, mask, scale)
     log_factor: Tensor | float = math.log(feature_map.weight)
@@ -390,6 +397,7 @@ class _Blocks:
         self.whole = (query, key, value, positions_of(query, self.mask))
         # The gradient of a slice is as large as the whole; that of all pieces of one split is made once.
         self.pieces = [x.split(window, dim=2) for x in self.whole]
+        self.of_segments = [dict(zip(self.segments, _split(x, step * window))) for x in self.whole]
         self.near_parts: dict[int, tuple[Tensor, Tensor]] = {}
 
     def queries(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
@@ -408,16 +416,18 @@ class _Blocks:
         start, stop = self.segments[segment]
         queries, _ = self.queries(start, stop)
         keys, values, mask, _ = self.keys(start - 1, stop + 1)
-        neighbours, known = (start > 0, stop < self.num_blocks), self.near_parts.get(segment)
-        near = attend_near(queries, keys, values, mask, self.window, neighbours, scale, radius, known)
-        if torch.is_grad_enabled():
+        before, known = self.window if start else 0, self.near_parts.get(segment)
+        near = attend_near(queries, keys, values, mask, self.window, before, scale, radius, known)
+        if torch.is_grad_enabled() and known is None:
             self.near_parts[segment] = near[0].detach(), near[1].detach()
         return near
 
     def _take(self, index: int, start: int, stop: int) -> Tensor:
-        start = max(start, 0)
+        start, stop = max(start, 0), min(stop, self.num_blocks)
         if not torch.is_grad_enabled():
             return self.whole[index][:, :, start * self.window : stop * self.window]
+        if (start, stop) in self.segments:
+            return self.of_segments[index][start, stop]
         pieces = self.pieces[index][start:stop]
         return torch.cat(pieces, dim=2) if len(pieces) > 1 else pieces[0]
 
@@ -460,7 +470,7 @@ def _read_blocks(
 
 def stacked(states: Sequence[State]) -> State:
     """States, and such as hold several along dim 2, as one that holds all of them."""
-    # In memory heads come behind features, as the fused kernel leaves them: so merge_each copies nothing.
+    # In memory heads come behind features, as the products of merge_each read them.
     values, log_weights = zip(*((x if x.ndim == 5 else x.unsqueeze(2) for x in state) for state in states))
     if len(states) == 1:
         return State(values[0], log_weights[0])
@@ -537,7 +547,7 @@ def _recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _split(x: Tensor, chunk: int) -> Sequence[Tensor]:
-    """Chunks of x along dim 2. A split's gradient is a copy: there is none of x alone."""
+    """Chunks of x along dim 2: x itself where one holds it all, as a split's gradient is a copy."""
     return (x,) if chunk >= x.shape[2] else x.split(chunk, dim=2)
 
 

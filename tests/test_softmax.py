@@ -16,7 +16,7 @@ B, H, D = 2, 3, 5
 DTYPE = torch.float64
 
 
-def inputs_of(rows: int, columns: int, blocks: tuple[int, ...] = (), scale: float = 1.0) -> tuple[Tensor, ...]:
+def inputs_of(rows: int, columns: int, blocks: tuple[int, ...] = ()) -> tuple[Tensor, ...]:
     """Query, key, value and a bias of keys."""
     shapes = (
         (B, H, *blocks, rows, D),
@@ -24,7 +24,7 @@ def inputs_of(rows: int, columns: int, blocks: tuple[int, ...] = (), scale: floa
         (B, H, *blocks, columns, D),
         (B, H, *blocks, 1, columns),
     )
-    return tuple(scale * randn(*shape, seed=seed, dtype=DTYPE) for seed, shape in enumerate(shapes))
+    return tuple(randn(*shape, seed=seed, dtype=DTYPE) for seed, shape in enumerate(shapes))
 
 
 def plain_softmax_mean(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,7 +93,7 @@ def test_gradients_in_plain_products_equal_those_of_the_kernel(dtype: torch.dtyp
 
 
 def test_small_gradients_keep_their_digits() -> None:
-    """The column that carries the logarithm's gradient is not added to what a tiny gradient gives, to cancel later."""
+    """What one column brings is not a number of another size, that takes the digits of the others' sums."""
     leaves = [x.float().requires_grad_() for x in inputs_of(40, 60)]
     exact = [x.detach().double().requires_grad_() for x in leaves]
     weights = [1e-12 * randn(B, H, 40, size, seed=size, dtype=DTYPE) for size in (D, 1)]
@@ -113,3 +113,39 @@ def test_keys_that_are_masked_out_get_no_gradient() -> None:
     for gradient in by_key:
         assert (gradient[:, :, 1::2] == 0).all()
         assert gradient[:, :, ::2].abs().min() > 0
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_inputs_with_any_strides(index: int) -> None:
+    """The kernel itself reads columns as if they lay side by side."""
+    inputs = list(inputs_of(7, 4))
+    expected = fused_softmax_mean(*inputs, scale=0.3)
+    inputs[index] = inputs[index].mT.contiguous().mT
+    leaves = [x.requires_grad_() for x in inputs]
+    assert_close(fused_softmax_mean(*leaves, scale=0.3), expected)
+    outputs = (fused_softmax_mean(*leaves, scale=0.3), plain_softmax_mean(*leaves))
+    assert_close(*(torch.autograd.grad(mean.square().sum() + log.sum(), leaves) for mean, log in outputs))
+
+
+def test_a_scale_of_nought() -> None:
+    query, key, value, _ = (x.requires_grad_() for x in inputs_of(7, 4))
+    mean, log_sum = fused_softmax_mean(query, key, value, scale=0.0)
+    gradients = torch.autograd.grad(mean.square().sum() + log_sum.sum(), (query, key, value))
+    assert not any(gradient.any() for gradient in gradients[:2])
+    assert_close(gradients[2], (2 * mean.sum(dim=2, keepdim=True) / 4).expand_as(value))
+
+
+def test_autocast_around_the_backward_pass_rounds_nothing() -> None:
+    leaves = [x.float().requires_grad_() for x in inputs_of(7, 4)]
+    query, key, value, bias = leaves
+
+    def plain() -> tuple[Tensor, Tensor]:
+        return softmax_mean(0.3 * query @ key.mT + bias, value)
+
+    for attend in (plain, lambda: fused_softmax_mean(*leaves, scale=0.3)):
+        gradients = []
+        for enabled in (False, True):
+            mean, log_sum = attend()
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+                gradients.append(torch.autograd.grad((mean, log_sum), value, (mean.detach(), log_sum.detach())))
+        assert_close(*gradients, rtol=0, atol=0)

@@ -352,8 +352,9 @@ def test_equals_the_reference_on_a_gpu(dtype: torch.dtype) -> None:
         *(("linear:hedgehog", 9, 9, False), ("linear:hedgehog", 9, 10, True), ("linear:elu", 9, 9, True)),
     ],
 )
+@pytest.mark.parametrize("half", [False, True])
 def test_only_what_would_be_kept_is_recomputed(
-    name: str, length: int, fused: int, recomputes: bool, monkeypatch: pytest.MonkeyPatch
+    name: str, length: int, fused: int, recomputes: bool, half: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
 
@@ -364,17 +365,21 @@ def test_only_what_would_be_kept_is_recomputed(
     monkeypatch.setattr(streaming, "checkpoint", counted)
     form = make_form(name, num_heads=2, head_dim=8, size=4)
     with sizes(fused=fused):
-        run(form.attend, form.parameters, make_inputs(3, 2, length, 8))
-    assert bool(calls) == recomputes
+        run(
+            form.attend, form.parameters, make_inputs(3, 2, length, 8, dtype=torch.bfloat16 if half else torch.float32)
+        )
+    # In half precision what is kept would be upcast.
+    assert bool(calls) == (recomputes or (half and length > 8))
 
 
+@pytest.mark.parametrize("fused", [1, 512])
 @pytest.mark.parametrize("name", STREAMED)
-def test_result_does_not_depend_on_the_size_of_chunks_and_segments(name: str) -> None:
+def test_result_does_not_depend_on_the_size_of_chunks_and_segments(name: str, fused: int) -> None:
     form = make_form(name)
     inputs = make_inputs(2, H, 41, D)
     expected = run(form.attend, form.parameters, inputs)
     for chunk, segment in ((1, 4), (1, 41), (2**10, 24), (2**19, 1)):
-        with sizes(chunk, segment):
+        with sizes(chunk, segment, fused=fused):
             actual = run(form.attend, form.parameters, inputs)
             with torch.no_grad():
                 output = form.attend(*inputs[:3])
@@ -406,14 +411,15 @@ def test_allocated_bytes_are_found() -> None:
 
 @pytest.mark.skipif(torch.__version__ < "2.9", reason="the profiler of torch 2.6 misses memory that is freed")
 @pytest.mark.parametrize(
-    "name",
+    ("name", "fused"),
     [
-        *("local", "linear:favor", "near_far:favor_relu"),
-        *(slow(name) for name in ("linear:favor_relu", "near_far:favor")),
+        *(("local", 1), ("linear:favor", 1), ("near_far:favor_relu", 512), ("near_far:hedgehog", 1)),
+        *(slow(*case) for case in (("linear:favor_relu", 512), ("near_far:favor", 1), ("linear:favor", 512))),
     ],
 )
-def test_memory_per_token_is_a_few_times_that_of_inputs_and_output(name: str) -> None:
-    form = make_form(name, num_heads=1, head_dim=16, size=32)  # R = 256: what is mapped has 16 times the size of q
+def test_memory_per_token_is_a_few_times_that_of_inputs_and_output(name: str, fused: int) -> None:
+    # FAVOR's R = 256: what is mapped has 16 times the size of q. States of hedgehog's blocks, R = 32, are kept.
+    form = make_form(name, num_heads=1, head_dim=16, size=32)
 
     def train(length: int) -> None:
         run(form.attend, form.parameters, make_inputs(1, 1, length, 16))
@@ -424,7 +430,7 @@ def test_memory_per_token_is_a_few_times_that_of_inputs_and_output(name: str) ->
 
     short, long = 2048, 4096
     inputs_and_output = 4 * 16 * 4 * (long - short)
-    with sizes(chunk=2**14, segment=256):
+    with sizes(chunk=2**14, segment=256, fused=fused):
         for work, most in ((train, 5), (encode, 3)):
             assert allocated(partial(work, long)) - allocated(partial(work, short)) <= most * inputs_and_output
 
@@ -442,22 +448,31 @@ def test_inputs_may_be_of_another_precision_than_the_map(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", STREAMED)
-def test_fused_near_blocks_equal_plain_ones(name: str) -> None:
+def test_the_fused_kernel_gives_what_plain_products_do(name: str) -> None:
+    """As on devices without it."""
     form = make_form(name, size=8)
     for length in (63, 64, 65):
-        inputs = make_inputs(2, H, length, D)[:3]
-        with torch.no_grad():
-            fused = form.attend(*inputs)
-        assert_close(fused, form.attend(*inputs).detach())
+        inputs = make_inputs(2, H, length, D)
+        with sizes(fused=1):
+            fused = run(form.attend, form.parameters, inputs)
+        with pytest.MonkeyPatch.context() as patch:
+            for module in (near, softmax, streaming):
+                patch.setattr(module, "has_fused_softmax", lambda *_: False)
+            plain = run(form.attend, form.parameters, inputs)
+            with torch.no_grad():
+                output = form.attend(*inputs[:3])
+        assert_close(fused, plain, rtol=1e-4, atol=1e-5)
+        assert_close(output, fused.output)
 
 
+@pytest.mark.parametrize("fused", [1, 512])
 @pytest.mark.parametrize("short", [slow(1), 512])
 @pytest.mark.parametrize("name", STREAMED)
-def test_nan_in_a_packed_text_stays_there(name: str, short: int) -> None:
+def test_nan_in_a_packed_text_stays_there(name: str, short: int, fused: int) -> None:
     form = make_form(name)
     inputs, cu_seqlens = make_inputs(47, H, D), torch.tensor([0, 18, 28, 47])
     others = torch.ones(47, dtype=torch.bool).index_fill(0, torch.arange(18, 28), False)
-    with sizes(1, 8, short):
+    with sizes(1, 8, short, fused):
         before = run(form.attend, form.parameters, inputs, cu_seqlens=cu_seqlens)
         for x in inputs[:3]:
             x[18:28] = math.nan
@@ -494,39 +509,42 @@ def log_space_reference(name: str, form: Form, query: Tensor, key: Tensor, value
     return (log_weights.masked_fill(nothing, 0).softmax(dim=-1) @ value).masked_fill(nothing, 0)
 
 
+@pytest.mark.parametrize("fused", [1, 512])
 @pytest.mark.parametrize("name", STREAMED)
-def test_logits_ten_thousand_times_larger_are_right(name: str) -> None:
+def test_logits_ten_thousand_times_larger_are_right(name: str, fused: int) -> None:
     form, single = make_form(name, dtype=torch.float64), make_form(name)
     query, key, value, gradient = make_inputs(2, H, 41, D, dtype=torch.float64)
     inputs = [100 * query, 100 * key, value]
-    with sizes(1, 8), torch.no_grad():
+    with sizes(1, 8, fused=fused), torch.no_grad():
         expected = log_space_reference(name, form, *inputs)
         assert_close(form.attend(*inputs), expected, rtol=1e-8, atol=1e-8)
-    with sizes(1, 8):
+    with sizes(1, 8, fused=fused):
         assert_close(form.attend(*inputs).detach(), expected, rtol=1e-8, atol=1e-8)
         assert_finite(run(single.attend, single.parameters, [x.float() for x in (*inputs, gradient)]))
 
 
+@pytest.mark.parametrize("fused", [1, 512])
 @pytest.mark.parametrize("name", STREAMED)
-def test_gradients_pass_gradcheck(name: str) -> None:
+def test_gradients_pass_gradcheck(name: str, fused: int) -> None:
     form = make_form(name, size=2, dtype=torch.float64)
     leaves = [x.requires_grad_() for x in make_inputs(1, H, 19, D, dtype=torch.float64)[:3]]
-    with sizes(1, 6):
+    with sizes(1, 6, fused=fused):
         assert gradcheck(
             lambda query, key, value, *_: form.attend(query, key, value), (*leaves, *form.parameters), fast_mode=True
         )
 
 
+@pytest.mark.parametrize("fused", [1, 512])
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("name", ["local", "linear:hedgehog", "linear:elu", "near_far:hedgehog", "near_far:elu"])
-def test_gradient_checkpointing_gives_the_same_gradients(name: str, use_reentrant: bool) -> None:
+def test_gradient_checkpointing_gives_the_same_gradients(name: str, use_reentrant: bool, fused: int) -> None:
     form = make_form(name)
     inputs, mask = make_inputs(2, H, 41, D), torch.arange(41) < torch.tensor([[41], [23]])
 
     def attend(*inputs: Tensor) -> Tensor:
         return checkpoint(form.attend, *inputs, mask, use_reentrant=use_reentrant)
 
-    with sizes(1, 8):
+    with sizes(1, 8, fused=fused):
         expected = run(form.attend, [], inputs, mask)
         leaves = [x.requires_grad_() for x in inputs[:3]]
         output = attend(*leaves)
@@ -538,11 +556,12 @@ def test_gradient_checkpointing_gives_the_same_gradients(name: str, use_reentran
     assert_close([x.grad for x in form.parameters], run(form.attend, form.parameters, inputs, mask).parameters)
 
 
-def test_backward_runs_again_where_the_graph_is_retained() -> None:
+@pytest.mark.parametrize("fused", [1, 512])
+def test_backward_runs_again_where_the_graph_is_retained(fused: int) -> None:
     for name in STREAMED:
         form = make_form(name)
         leaves = [x.requires_grad_() for x in make_inputs(1, H, 41, D)[:3]]
-        with sizes(1, 8):
+        with sizes(1, 8, fused=fused):
             loss = form.attend(*leaves).square().sum()
             first, second = (torch.autograd.grad(loss, leaves, retain_graph=True) for _ in range(2))
         assert_close(second, first, rtol=0, atol=0)
@@ -568,22 +587,26 @@ def test_compiled_functions_may_call_attention(name: str) -> None:
     assert_close(output, expected.output)
 
 
+@pytest.mark.parametrize("fused", [1, 512])
 @pytest.mark.parametrize("autocast", [torch.bfloat16, slow(torch.float16)], ids=str)
 @pytest.mark.parametrize("name", STREAMED)
-def test_autocast_changes_nothing_in_any_chunk(name: str, autocast: torch.dtype) -> None:
+def test_autocast_changes_nothing_in_any_chunk(name: str, autocast: torch.dtype, fused: int) -> None:
     form = make_form(name)
     inputs = make_inputs(2, H, 41, D)
-    with sizes(1, 8):
+    with sizes(1, 8, fused=fused):
         expected = run(form.attend, form.parameters, inputs)
         actual = run(form.attend, form.parameters, inputs, autocast=autocast)
     assert_close(actual, expected)
 
 
+@pytest.mark.parametrize("fused", [1, 512])
 @pytest.mark.parametrize("name", ["linear:favor", "near_far:favor"])
-def test_second_derivatives_are_refused(name: str) -> None:
+def test_second_derivatives_are_refused(name: str, fused: int) -> None:
     form = make_form(name, size=4)
     query, key, value, _ = make_inputs(1, 2, 20, 4)
     key.requires_grad_()
-    (gradient,) = torch.autograd.grad(form.attend(query, key, value).square().sum(), key, create_graph=True)
+    with sizes(fused=fused):
+        loss = form.attend(query, key, value).square().sum()
+        (gradient,) = torch.autograd.grad(loss, key, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
