@@ -114,10 +114,10 @@ def _fused_softmax_mean(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     # The kernel behind scaled_dot_product_attention, which does not hand on the logarithm. It takes rows with any
-    # strides, but not columns.
+    # strides, but columns as if they lay side by side.
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    mean, log_sum = attend(query, key, value, attn_mask=_contiguous(bias), scale=scale)
+    mean, log_sum = attend(query, key, value, attn_mask=bias, scale=scale)
     return mean, log_sum.unsqueeze(-1)
 
 
@@ -217,14 +217,10 @@ def fused_gradients(
     mean, grad_mean = _with_column(mean, -grad_log_sum.squeeze(-1)), _with_column(grad_mean, 1)
     backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
     by_query, by_key, by_value = backward(
-        grad_mean, query, key, value, mean, log_sum.squeeze(-1), 0.0, False, attn_mask=_contiguous(bias), scale=scale
+        grad_mean, query, key, value, mean, log_sum.squeeze(-1), 0.0, False, attn_mask=bias, scale=scale
     )
     grad_bias = by_key[..., head_dim : head_dim + 1] / scale
     return by_query[..., :head_dim], by_key[..., :head_dim], by_value[..., :head_dim], grad_bias
-
-
-def _contiguous(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.contiguous()
 
 
 def _with_column(x: Tensor, column: Tensor | float) -> Tensor:

@@ -117,7 +117,6 @@ def test_keys_that_are_masked_out_get_no_gradient() -> None:
 
 @pytest.mark.parametrize("index", range(4))
 def test_inputs_with_any_strides(index: int) -> None:
-    """The kernel itself reads columns as if they lay side by side."""
     inputs = list(inputs_of(7, 4))
     expected = fused_softmax_mean(*inputs, scale=0.3)
     inputs[index] = inputs[index].transpose(1, 3).contiguous().transpose(1, 3)

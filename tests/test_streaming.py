@@ -466,6 +466,21 @@ def test_the_fused_kernel_gives_what_plain_products_do(name: str) -> None:
 
 
 @pytest.mark.parametrize("fused", [1, 512])
+@pytest.mark.parametrize("name", STREAMED)
+def test_inputs_may_lie_in_memory_anyhow(name: str, fused: int) -> None:
+    form = make_form(name)
+    inputs = make_inputs(2, H, 41, D)
+    with sizes(fused=fused):
+        expected = run(form.attend, form.parameters, inputs)
+        inputs = [x.mT.contiguous().mT for x in inputs]
+        with torch.no_grad():
+            output = form.attend(*inputs[:3])
+        actual = run(form.attend, form.parameters, inputs)
+    assert_close(actual, expected)
+    assert_close(output, expected.output)
+
+
+@pytest.mark.parametrize("fused", [1, 512])
 @pytest.mark.parametrize("short", [slow(1), 512])
 @pytest.mark.parametrize("name", STREAMED)
 def test_nan_in_a_packed_text_stays_there(name: str, short: int, fused: int) -> None:
