@@ -6,7 +6,7 @@ With a radius, it is all of local attention.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from st_linear.softmax import (
-    FUSED_BACKWARD_TOKENS,
+    backward_tokens,
     fused_gradients,
     fused_softmax_mean,
     fused_softmax_pays,
@@ -142,17 +142,16 @@ class _Near(torch.autograd.Function):
         query, key, value, mean, log_weight = ctx.saved_tensors
         form, window = ctx.form, ctx.form.window
         grad_query, grads_by_key = torch.empty_like(query), (torch.zeros_like(key), torch.zeros_like(value))
-        if fused_softmax_pays(query, window):
-            gradients_of, most = fused_gradients, FUSED_BACKWARD_TOKENS // (len(query) * window)
-        else:
-            gradients_of, most = softmax_gradients, chunk_tokens(query, 3 * window) // window
-        for run in form.runs(query.shape[2], key.shape[2], max(1, most)):
+        fused = fused_softmax_pays(query, window)
+        gradients_of: Callable[..., tuple[Tensor, ...]] = fused_gradients if fused else softmax_gradients
+        tokens = backward_tokens(query) if fused else chunk_tokens(query, 3 * window)
+        for run in form.runs(query.shape[2], key.shape[2], max(1, tokens // window)):
             gradients, outputs = (
                 (in_blocks(x[:, :, run.queries], run.alike), in_blocks(y[:, :, run.queries], run.alike))
                 for x, y in ((grad_mean, grad_log_weight), (mean, log_weight))
             )
             q, k, v, bias = form.inputs(query, key, value, run)
-            by_query, *by_key, _ = gradients_of(gradients, outputs, q, k, v, bias, form.scale)
+            by_query, *by_key = gradients_of(gradients, outputs, q, k, v, bias, form.scale)[:3]
             in_blocks(grad_query[:, :, run.queries], run.alike).copy_(by_query)
             for gradient, piece in zip(grads_by_key, by_key):
                 if not run.alike:

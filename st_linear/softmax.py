@@ -73,15 +73,22 @@ class _SoftmaxMean(torch.autograd.Function):
     @in_full_precision
     def backward(ctx: Any, grad_mean: Tensor, grad_log_sum: Tensor) -> tuple[Tensor, Tensor, None]:
         weights, value, mean = ctx.saved_tensors
-        by_row = (grad_mean * mean).sum(-1, keepdim=True)
-        if ctx.dim == -1:
-            grad_logits = grad_mean @ value.transpose(-1, -2)
-            grad_value = weights.transpose(-1, -2) @ grad_mean
-        else:
-            grad_logits = value @ grad_mean.transpose(-1, -2)
-            grad_value = weights @ grad_mean
-            by_row = by_row.transpose(-1, -2)
-        return grad_logits.sub_(by_row - grad_log_sum).mul_(weights), grad_value, None
+        return *_through_softmax(weights, value, mean, ctx.dim, grad_mean, grad_log_sum), None
+
+
+def _through_softmax(
+    weights: Tensor, value: Tensor, mean: Tensor, dim: int, grad_mean: Tensor, grad_log_sum: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of logits and values. Those of logits are ``p · (g·v - g·mean + h)``, h that of the logarithm."""
+    by_row = (grad_mean * mean).sum(-1, keepdim=True)
+    if dim == -1:
+        grad_logits = grad_mean @ value.mT
+        grad_value = weights.mT @ grad_mean
+    else:
+        grad_logits = value @ grad_mean.mT
+        grad_value = weights @ grad_mean
+        by_row = by_row.mT
+    return grad_logits.sub_(by_row - grad_log_sum).mul_(weights), grad_value
 
 
 def has_fused_softmax(query: Tensor) -> bool:
@@ -92,6 +99,11 @@ def has_fused_softmax(query: Tensor) -> bool:
 def fused_softmax_pays(query: Tensor, rows: int) -> bool:
     """Whether it also is faster than plain products in training, or for blocks, of so many rows."""
     return has_fused_softmax(query) and rows >= FUSED_ROWS
+
+
+def backward_tokens(query: Tensor) -> int:
+    """Tokens of each text that the fused kernel's backward pass should take at a time."""
+    return max(1, FUSED_BACKWARD_TOKENS // len(query))
 
 
 def fused_softmax_mean(
@@ -141,7 +153,7 @@ class _FusedSoftmaxMean(torch.autograd.Function):
         cut = (by_query, *[not by_query] * 3)
         like = (query, key, value, key[..., :1])
         results = [torch.empty_like(x) if parts else torch.zeros_like(x) for x, parts in zip(like, cut)]
-        step, whole = max(1, FUSED_BACKWARD_TOKENS // len(query)), slice(None)
+        step, whole = backward_tokens(query), slice(None)
         for start in range(0, max(query.shape[2], key.shape[2]), step):
             part = slice(start, start + step)
             rows, columns = (part, whole) if by_query else (whole, part)
@@ -171,19 +183,16 @@ def softmax_gradients(
     value: Tensor,
     bias: Tensor | None,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value and of a bias of keys, (…, N, 1), from those of a mean and its logarithm.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value from those of a mean and its logarithm, whose ``outputs`` are at hand.
 
-    Shapes are those of :func:`fused_softmax_mean`, whose ``outputs`` are at hand. Under weights p, the gradient of
-    logits is ``p · (g·v - g·mean + h)``, where g is the mean's and h the logarithm's.
+    Shapes are those of :func:`fused_softmax_mean`.
     """
-    (grad_mean, grad_log_sum), (mean, log_sum) = gradients, outputs
+    mean, log_sum = outputs
     logits = query @ key.mT * scale
     weights = ((logits if bias is None else logits + bias) - log_sum).exp_()
-    by_row = (grad_mean * mean).sum(dim=-1, keepdim=True) - grad_log_sum
-    grad_logits = (grad_mean @ value.mT).sub_(by_row).mul_(weights)
-    grad_bias = grad_logits.sum(dim=-2).unsqueeze(-1)
-    return grad_logits @ key * scale, grad_logits.mT @ query * scale, weights.mT @ grad_mean, grad_bias
+    grad_logits, grad_value = _through_softmax(weights, value, mean, -1, *gradients)
+    return grad_logits @ key * scale, grad_logits.mT @ query * scale, grad_value
 
 
 def fused_gradients(
@@ -195,10 +204,11 @@ def fused_gradients(
     bias: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """:func:`softmax_gradients` through the backward pass of the fused kernel.
+    """:func:`softmax_gradients` through the backward pass of the fused kernel, and that of a bias of keys, (…, N, 1).
 
-    That pass takes no h, and gives no gradient of the bias. One more column brings both: it is 1 in g, 0 in v and -h
-    in the mean; and 1 in q and 0 in k, whose gradient there is ``scale`` times the bias's.
+    With g the gradient of the mean and h that of the logarithm: the pass takes no h, and gives none of the bias. One
+    more column brings both: it is 1 in g, 0 in v and -h in the mean; and 1 in q and 0 in k, whose gradient there is
+    ``scale`` times the bias's.
     """
     if query.ndim == 5:
         texts = len(query)

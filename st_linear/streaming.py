@@ -395,9 +395,10 @@ class _Blocks:
         self.segments = [(start, min(start + step, self.num_blocks)) for start in range(0, self.num_blocks, step)]
         self.mask = None if mask is None else mask[:, None, :, None]
         self.whole = (query, key, value, positions_of(query, self.mask))
-        # The gradient of a slice is as large as the whole; that of all pieces of one split is made once.
-        self.pieces = [x.split(window, dim=2) for x in self.whole]
-        self.of_segments = [dict(zip(self.segments, _split(x, step * window))) for x in self.whole]
+        if torch.is_grad_enabled():
+            # The gradient of a slice is as large as the whole; that of all pieces of one split is made once.
+            self.pieces = [x.split(window, dim=2) for x in self.whole]
+            self.of_segments = [dict(zip(self.segments, _split(x, step * window))) for x in self.whole]
         self.near_parts: dict[int, tuple[Tensor, Tensor]] = {}
 
     def queries(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
@@ -426,7 +427,7 @@ class _Blocks:
         start, stop = max(start, 0), min(stop, self.num_blocks)
         if not torch.is_grad_enabled():
             return self.whole[index][:, :, start * self.window : stop * self.window]
-        if (start, stop) in self.segments:
+        if (start, stop) in self.of_segments[index]:
             return self.of_segments[index][start, stop]
         pieces = self.pieces[index][start:stop]
         return torch.cat(pieces, dim=2) if len(pieces) > 1 else pieces[0]

@@ -82,14 +82,12 @@ def test_gradients_in_plain_products_equal_those_of_the_kernel(dtype: torch.dtyp
     query, key, value, bias = (x.to(dtype) for x in inputs_of(4, 6, blocks))
     band = softmax.log_of((torch.arange(4)[:, None] - torch.arange(6)).abs() <= 2, dtype)
     for added in (None, bias, band):
-        logits = 0.3 * query @ key.mT
-        outputs = softmax_mean(logits if added is None else logits + added, value)
-        gradients = tuple(randn(*x.shape, seed=8, dtype=dtype) for x in outputs)
-        plain, fused = (
-            gradients_of(gradients, outputs, query, key, value, added, 0.3)
-            for gradients_of in (softmax_gradients, fused_gradients)
-        )
-        assert_close(fused, plain)
+        logits, shift = 0.3 * query @ key.mT, torch.zeros_like(bias).requires_grad_()
+        mean, log_sum = softmax_mean(logits + shift if added is None else logits + added + shift, value)
+        gradients = (randn(*mean.shape, seed=8, dtype=dtype), randn(*log_sum.shape, seed=8, dtype=dtype))
+        (by_bias,) = torch.autograd.grad((mean, log_sum), shift, gradients)
+        inputs = (gradients, (mean.detach(), log_sum.detach()), query, key, value, added, 0.3)
+        assert_close(fused_gradients(*inputs), (*softmax_gradients(*inputs), by_bias.mT))
 
 
 def test_small_gradients_keep_their_digits() -> None:

@@ -68,8 +68,7 @@ def sizes(
         if chunk is not None:
             patch.setattr(near, "CHUNK_ELEMENTS", {"cpu": chunk, "cuda": chunk})
             patch.setattr(streaming, "_FUSED_TOKENS", max(1, chunk // 8))
-            for module in (near, softmax):
-                patch.setattr(module, "FUSED_BACKWARD_TOKENS", max(1, chunk // 8))
+            patch.setattr(softmax, "FUSED_BACKWARD_TOKENS", max(1, chunk // 8))
         if segment is not None:
             patch.setattr(streaming, "_SEGMENT_TOKENS", segment)
         if short is not None:
@@ -77,6 +76,10 @@ def sizes(
         if fused is not None:
             patch.setattr(softmax, "FUSED_ROWS", fused)
         yield
+
+
+fused_or_plain = pytest.mark.parametrize("fused", [1, 512])
+"""Gradients from the fused kernel wherever it can give them, or from plain products."""
 
 
 class Case(NamedTuple):
@@ -372,7 +375,7 @@ def test_only_what_would_be_kept_is_recomputed(
     assert bool(calls) == (recomputes or (half and length > 8))
 
 
-@pytest.mark.parametrize("fused", [1, 512])
+@fused_or_plain
 @pytest.mark.parametrize("name", STREAMED)
 def test_result_does_not_depend_on_the_size_of_chunks_and_segments(name: str, fused: int) -> None:
     form = make_form(name)
@@ -465,7 +468,7 @@ def test_the_fused_kernel_gives_what_plain_products_do(name: str) -> None:
         assert_close(output, fused.output)
 
 
-@pytest.mark.parametrize("fused", [1, 512])
+@fused_or_plain
 @pytest.mark.parametrize("name", STREAMED)
 def test_inputs_may_lie_in_memory_anyhow(name: str, fused: int) -> None:
     form = make_form(name)
@@ -480,7 +483,7 @@ def test_inputs_may_lie_in_memory_anyhow(name: str, fused: int) -> None:
     assert_close(output, expected.output)
 
 
-@pytest.mark.parametrize("fused", [1, 512])
+@fused_or_plain
 @pytest.mark.parametrize("short", [slow(1), 512])
 @pytest.mark.parametrize("name", STREAMED)
 def test_nan_in_a_packed_text_stays_there(name: str, short: int, fused: int) -> None:
@@ -524,7 +527,7 @@ def log_space_reference(name: str, form: Form, query: Tensor, key: Tensor, value
     return (log_weights.masked_fill(nothing, 0).softmax(dim=-1) @ value).masked_fill(nothing, 0)
 
 
-@pytest.mark.parametrize("fused", [1, 512])
+@fused_or_plain
 @pytest.mark.parametrize("name", STREAMED)
 def test_logits_ten_thousand_times_larger_are_right(name: str, fused: int) -> None:
     form, single = make_form(name, dtype=torch.float64), make_form(name)
@@ -538,7 +541,7 @@ def test_logits_ten_thousand_times_larger_are_right(name: str, fused: int) -> No
         assert_finite(run(single.attend, single.parameters, [x.float() for x in (*inputs, gradient)]))
 
 
-@pytest.mark.parametrize("fused", [1, 512])
+@fused_or_plain
 @pytest.mark.parametrize("name", STREAMED)
 def test_gradients_pass_gradcheck(name: str, fused: int) -> None:
     form = make_form(name, size=2, dtype=torch.float64)
@@ -549,7 +552,7 @@ def test_gradients_pass_gradcheck(name: str, fused: int) -> None:
         )
 
 
-@pytest.mark.parametrize("fused", [1, 512])
+@fused_or_plain
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("name", ["local", "linear:hedgehog", "linear:elu", "near_far:hedgehog", "near_far:elu"])
 def test_gradient_checkpointing_gives_the_same_gradients(name: str, use_reentrant: bool, fused: int) -> None:
@@ -571,7 +574,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(name: str, use_reentran
     assert_close([x.grad for x in form.parameters], run(form.attend, form.parameters, inputs, mask).parameters)
 
 
-@pytest.mark.parametrize("fused", [1, 512])
+@fused_or_plain
 def test_backward_runs_again_where_the_graph_is_retained(fused: int) -> None:
     for name in STREAMED:
         form = make_form(name)
@@ -602,7 +605,7 @@ def test_compiled_functions_may_call_attention(name: str) -> None:
     assert_close(output, expected.output)
 
 
-@pytest.mark.parametrize("fused", [1, 512])
+@fused_or_plain
 @pytest.mark.parametrize("autocast", [torch.bfloat16, slow(torch.float16)], ids=str)
 @pytest.mark.parametrize("name", STREAMED)
 def test_autocast_changes_nothing_in_any_chunk(name: str, autocast: torch.dtype, fused: int) -> None:
@@ -614,7 +617,7 @@ def test_autocast_changes_nothing_in_any_chunk(name: str, autocast: torch.dtype,
     assert_close(actual, expected)
 
 
-@pytest.mark.parametrize("fused", [1, 512])
+@fused_or_plain
 @pytest.mark.parametrize("name", ["linear:favor", "near_far:favor"])
 def test_second_derivatives_are_refused(name: str, fused: int) -> None:
     form = make_form(name, size=4)
