@@ -339,6 +339,24 @@ def export(
 
 
 @app.command(cls=_Command)
+def build(as_json: Json = False) -> None:
+    """Compile the kernel that makes attention faster on this machine's CPU. Needs a C++ compiler and some 15 seconds.
+
+    It is used from then on, by every process that finds it in its cache. Without it all works as well, more slowly.
+
+    Example: `st-linear build`
+    """
+    from st_linear.kernels import cpu
+
+    with console.status("Compiling"):
+        library = cpu.build()
+    table = Table(title="CPU kernel")
+    table.add_column("compiled library")
+    table.add_row(str(library))
+    _show(table, {"library": str(library)}, as_json)
+
+
+@app.command(cls=_Command)
 def distill(
     model: Annotated[str, typer.Argument(help="Hub id or folder of a sentence encoder.")],
     output: Annotated[Path, typer.Argument(help="Folder of results; finished students are kept.")],

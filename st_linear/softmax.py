@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from st_linear.kernels import cpu
+
 Backward = TypeVar("Backward", bound=Callable[..., Any])
 
 # Logarithm of a weight of nothing. Finite, so that a row of such weights has a softmax, and sums of it no NaN. In a
@@ -101,36 +103,69 @@ def fused_softmax_pays(query: Tensor, rows: int) -> bool:
     return has_fused_softmax(query) and rows >= FUSED_ROWS
 
 
+def compiled_softmax_pays(query: Tensor) -> bool:
+    """Whether :func:`fused_softmax_mean` of such a query, upcast, runs in the compiled kernel, for any rows."""
+    single = torch.promote_types(query.dtype, torch.float32) == torch.float32
+    return single and not torch.is_grad_enabled() and cpu.takes(query[:0].float())
+
+
 def backward_tokens(query: Tensor) -> int:
     """Tokens of each text that the fused kernel's backward pass should take at a time."""
     return max(1, FUSED_BACKWARD_TOKENS // len(query))
 
 
 def fused_softmax_mean(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, scale: float = 1.0
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    other: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`softmax_mean` of the logits ``scale · q·k + bias``, on the CPU: logits are never in memory, nor kept.
 
     Shapes: query (B, H, M, D), key and value (B, H, N, D), or n blocks of each, (B, H, n, M, D) and (B, H, n, N, D);
-    bias broadcasts to (B, H, M, N), or (B, H, n, M, N). With gradients, it is one of keys, (…, 1, N).
+    bias broadcasts to (B, H, M, N), or (B, H, n, M, N). With gradients, it is one of keys, (…, 1, N). ``other`` is
+    what a softmax over other keys gave, to be merged with.
     """
+    if not torch.is_grad_enabled():
+        return _fused_softmax_mean(query, key, value, bias, scale, other)
     if query.ndim == 5:
-        mean, log_sum = fused_softmax_mean(*_inputs_as_texts(query, key, value, bias), scale)
-        return _as_blocks(mean, len(query)), _as_blocks(log_sum, len(query))
-    if torch.is_grad_enabled():
-        return _FusedSoftmaxMean.apply(query, key, value, bias, scale)
-    return _fused_softmax_mean(query, key, value, bias, scale)
+        texts = _FusedSoftmaxMean.apply(*_inputs_as_texts(query, key, value, bias), scale)
+        own = _as_blocks(texts[0], len(query)), _as_blocks(texts[1], len(query))
+    else:
+        own = _FusedSoftmaxMean.apply(query, key, value, bias, scale)
+    return own if other is None else merged_means(other, own)
 
 
 def _fused_softmax_mean(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    other: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    # The kernel behind scaled_dot_product_attention, which does not hand on the logarithm. It takes rows with any
-    # strides, but columns as if they lay side by side.
+    # Both kernels take rows with any strides, but columns as if they lay side by side.
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    mean, log_sum = attend(query, key, value, attn_mask=bias, scale=scale)
-    return mean, log_sum.unsqueeze(-1)
+    if cpu.takes(query, key, value) and (bias is None or bias.shape[-2] == 1):
+        return cpu.softmax_mean(query, key, value, bias, scale, other)
+    if query.ndim == 5:
+        mean, log_sum = _fused_softmax_mean(*_inputs_as_texts(query, key, value, bias), scale)
+        mean, log_sum = _as_blocks(mean, len(query)), _as_blocks(log_sum, len(query))
+    else:
+        # The kernel behind scaled_dot_product_attention, which does not hand on the logarithm.
+        attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        mean, log_sum = attend(query, key, value, attn_mask=bias, scale=scale)
+        log_sum = log_sum.unsqueeze(-1)
+    return (mean, log_sum) if other is None else merged_means(other, (mean, log_sum))
+
+
+def merged_means(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Means (…, D) under softmaxes over some rows and over others, and logarithms (…, 1) of their sums: over all."""
+    (mean, log_sum), (other_mean, other_log_sum) = one, other
+    share = torch.sigmoid(other_log_sum - log_sum)
+    return mean.lerp(other_mean, share), torch.logaddexp(log_sum, other_log_sum)
 
 
 class _FusedSoftmaxMean(torch.autograd.Function):

@@ -20,6 +20,7 @@ state each, carried along) and some blocks within it (a state each, made anew fo
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial, reduce
 from typing import Any, NamedTuple
@@ -31,13 +32,16 @@ from torch.utils.checkpoint import checkpoint
 
 from st_linear import kernels
 from st_linear.feature_maps import ExponentialFeatureMap, FeatureMap
+from st_linear.kernels import cpu
 from st_linear.near import attend_near, attend_near_on_gpu, chunk_tokens, in_blocks
 from st_linear.softmax import (
     LOG_ZERO,
+    compiled_softmax_pays,
     fused_softmax_mean,
     fused_softmax_pays,
     has_fused_softmax,
     log_of,
+    merged_means,
     softmax_mean,
 )
 
@@ -59,8 +63,8 @@ class State(NamedTuple):
     log_weight: Tensor
 
 
-class _Folding:
-    """What is the same for every φ."""
+class _Folding(ABC):
+    """Fold, merge and read, for any φ. Queries and keys come unscaled."""
 
     def __init__(self, feature_map: FeatureMap, scale: float) -> None:
         self.map = feature_map
@@ -72,9 +76,58 @@ class _Folding:
         # The state of every chunk is kept for the backward pass, R · D numbers: to be fewer than the chunk's own keys.
         return max(chunk, 2 * self.map.num_features) if torch.is_grad_enabled() else chunk
 
+    @abstractmethod
+    def empty(self, value: Tensor) -> State:
+        """The state of no keys and values, for values (B, H, …, D)."""
+
+    @abstractmethod
+    def fold(self, key: Tensor, value: Tensor, mask: Tensor | None, position: Tensor, blocks: int = 0) -> State:
+        """The state of keys and values (B, H, T, D), or with ``blocks`` those of so many parts, along dim 2."""
+
+    @abstractmethod
+    def merge(self, state: State, other: State) -> State:
+        """One state for the keys and values of both."""
+
+    @abstractmethod
+    def merge_others(self, states: State) -> State:
+        """One state of all along dim 2 but the first."""
+
+    @abstractmethod
+    def merge_each(self, states: State, chosen: Tensor) -> State:
+        """M merged states of the N along dim 2, each of those that its row of ``chosen``, (M, N) bool, says."""
+
+    @abstractmethod
+    def read(self, query: Tensor, state: State, position: Tensor, blocks: int = 0) -> tuple[Tensor, Tensor]:
+        """Outputs (…, T, D) of queries (B, H, T, D), and the logarithm of the sum of their weights, (…, T, 1)."""
+
+    def read_alone(self, query: Tensor, state: State, position: Tensor) -> Tensor:
+        """The outputs of :meth:`read`."""
+        return self.read(query, state, position)[0]
+
+    def merge_far(self, before: State, blocks: Sequence[State], after: State, chosen: Tensor) -> tuple[State, State]:
+        """What is far from each of M blocks of a segment, and all that is before the segment's last block.
+
+        Args:
+            before: The state of all before ``blocks``.
+            blocks: States of N blocks in all, along dim 2.
+            after: The state of all behind them.
+            chosen: (M + 1, N) bool; True where one of the N is far from one of the M, or before the last.
+        """
+        merged = self.merge_each(stacked([before, *blocks]), F.pad(chosen, (1, 0), value=True))
+        # Not among the others: its gradient waits for that of all segments, and would be a view of all of theirs.
+        far = self.merge(_part(merged, 0, -1), stacked([after]))
+        # A copy: a view would keep all of the merged states until the backward pass.
+        return far, State(*(x[:, :, -1].clone() for x in merged))
+
+    def read_onto(
+        self, near: tuple[Tensor, Tensor], query: Tensor, state: State, position: Tensor, blocks: int
+    ) -> Tensor:
+        """Outputs (B, H, n, T, D) of :meth:`read`, merged with means that others gave and logarithms of their sums."""
+        return merged_means(near, self.read(query, state, position, blocks))[0]
+
 
 class _Exponential(_Folding):
-    """Fold, merge and read for ``φ(x) = exp(logits(x))``. Queries and keys come unscaled."""
+    """:class:`_Folding` for ``φ(x) = exp(logits(x))``."""
 
     map: ExponentialFeatureMap
 
@@ -86,7 +139,6 @@ class _Exponential(_Folding):
         self.weights = None if weights is None else (weights[0] * self.root, weights[1] * self.root)
 
     def empty(self, value: Tensor) -> State:
-        """The state of no keys and values, for values (B, H, …, D)."""
         texts, heads, features = *value.shape[:2], self.map.num_features
         return State(
             value.new_zeros(texts, heads, features, value.shape[-1]),
@@ -94,44 +146,39 @@ class _Exponential(_Folding):
         )
 
     def fold(self, key: Tensor, value: Tensor, mask: Tensor | None, position: Tensor, blocks: int = 0) -> State:
-        """The state of keys and values (B, H, T, D), or with ``blocks`` those of so many parts, along dim 2."""
         logits = self.map.key_logits(key * self.root) if self.weights is None else key @ self.weights[1].mT
         for bias in self._key_biases(key, mask):
             logits = logits + bias
         return State(*softmax_mean(in_blocks(logits, blocks), in_blocks(value, blocks), dim=-2))
 
     def merge(self, state: State, other: State) -> State:
-        """One state for the keys and values of both."""
         share = torch.sigmoid(other.log_weight - state.log_weight).mT
         return State(state.value.lerp(other.value, share), torch.logaddexp(state.log_weight, other.log_weight))
 
     def merge_others(self, states: State) -> State:
-        """One state of all along dim 2 but the first."""
         log_weight = states.log_weight.clone()
         log_weight[:, :, 0] = LOG_ZERO
         share = log_weight.softmax(dim=2).mT
         return State((states.value * share).sum(dim=2), log_weight.logsumexp(dim=2))
 
     def merge_each(self, states: State, chosen: Tensor) -> State:
-        """M merged states of the N along dim 2, each of those that its row of ``chosen``, (M, N) bool, says."""
         # By feature, a softmax over states. Features come before heads, as they lie in memory.
         logits = states.log_weight.permute(0, 4, 1, 3, 2).masked_fill(~chosen, -math.inf)
         value, log_weight = softmax_mean(logits, states.value.permute(0, 3, 1, 2, 4))
         return State(value.permute(0, 2, 3, 1, 4), log_weight.permute(0, 2, 3, 4, 1))
 
     def read(self, query: Tensor, state: State, position: Tensor, blocks: int = 0) -> tuple[Tensor, Tensor]:
-        """Outputs (…, T, D) of queries (B, H, T, D), and the logarithm of the sum of their weights, (…, T, 1)."""
         mean, log_weight = softmax_mean(in_blocks(self._query_logits(query), blocks) + state.log_weight, state.value)
-        return mean, self._with_query_offset(log_weight, query, blocks)
+        return mean, log_weight + self._query_offset(query, blocks)
 
     def read_alone(self, query: Tensor, state: State, position: Tensor) -> Tensor:
-        """The outputs of :meth:`read`, for less."""
         return (self._query_logits(query) + state.log_weight).softmax(dim=-1) @ state.value
 
-    def _with_query_offset(self, log_weight: Tensor, query: Tensor, blocks: int) -> Tensor:
+    def _query_offset(self, query: Tensor, blocks: int) -> Tensor | float:
+        """What is added to all logits of a query, (B, H, …, T, 1)."""
         if _has(self.map, "query_offset") and (offset := self.map.query_offset(query * self.root)) is not None:
-            return log_weight + in_blocks(offset, blocks)
-        return log_weight
+            return in_blocks(offset, blocks)
+        return 0.0
 
     def _query_logits(self, query: Tensor) -> Tensor:
         return self.map.query_logits(query * self.root) if self.weights is None else query @ self.weights[0].mT
@@ -168,13 +215,27 @@ class _Fused(_Exponential):
 
     def read(self, query: Tensor, state: State, position: Tensor, blocks: int = 0) -> tuple[Tensor, Tensor]:
         mean, log_weight = self._read(in_blocks(query, blocks), state)
-        return mean, self._with_query_offset(log_weight, query, blocks)
+        return mean, log_weight + self._query_offset(query, blocks)
 
     def read_alone(self, query: Tensor, state: State, position: Tensor) -> Tensor:
         return self._read(query, state)[0]
 
-    def _read(self, query: Tensor, state: State) -> tuple[Tensor, Tensor]:
-        return fused_softmax_mean(query, self._weight(0, query), state.value, state.log_weight)
+    def _read(self, query: Tensor, state: State, other: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        return fused_softmax_mean(query, self._weight(0, query), state.value, state.log_weight, other=other)
+
+    def merge_far(self, before: State, blocks: Sequence[State], after: State, chosen: Tensor) -> tuple[State, State]:
+        if torch.is_grad_enabled() or not cpu.takes(after.value):
+            return super().merge_far(before, blocks, after, chosen)
+        chosen = F.pad(chosen, (1, 1), value=True)
+        chosen[-1, -1] = False
+        merged = State(*cpu.merge_states([_as_several(before), *blocks, _as_several(after)], chosen))
+        return _part(merged, 0, -1), State(*(x[:, :, -1] for x in merged))
+
+    def read_onto(
+        self, near: tuple[Tensor, Tensor], query: Tensor, state: State, position: Tensor, blocks: int
+    ) -> Tensor:
+        mean, log_sum = near
+        return self._read(in_blocks(query, blocks), state, (mean, log_sum - self._query_offset(query, blocks)))[0]
 
     def _weight(self, side: int, x: Tensor) -> Tensor:
         """W, (H, R, D), beside x, (B, H, T, D) or (B, H, n, T, D)."""
@@ -183,7 +244,7 @@ class _Fused(_Exponential):
 
 
 class _Sums(_Folding):
-    """Fold, merge and read for any φ; shapes as in :class:`_Exponential`."""
+    """:class:`_Folding` for every other φ."""
 
     def empty(self, value: Tensor) -> State:
         return self._state(value.new_zeros(*value.shape[:2], self.map.num_features, value.shape[-1] + 1))
@@ -217,14 +278,11 @@ class _Sums(_Folding):
         weight = torch.where(positive, weight, 1)
         return torch.where(positive, total, 0) / weight, torch.where(positive, weight.log(), LOG_ZERO)
 
-    def read_alone(self, query: Tensor, state: State, position: Tensor) -> Tensor:
-        return self.read(query, state, position)[0]
-
     def _state(self, value: Tensor) -> State:
         return State(value, value.new_zeros(*value.shape[:-2], 1, 1))
 
 
-def kernel_of(feature_map: FeatureMap, query: Tensor, scale: float, *, fused: bool = False) -> _Exponential | _Sums:
+def kernel_of(feature_map: FeatureMap, query: Tensor, scale: float, *, fused: bool = False) -> _Folding:
     """What folds, merges and reads for a map; ``fused`` where that is to be had."""
     if not isinstance(feature_map, ExponentialFeatureMap):
         return _Sums(feature_map, scale)
@@ -289,7 +347,8 @@ def stream_near_far(
 
     Blocks count slots: padding must be on the right. Time O(B·H·T·(3·window + R)·D).
     """
-    kernel = kernel_of(feature_map, query, scale, fused=fused_softmax_pays(query, window))
+    fused = fused_softmax_pays(query, window) or compiled_softmax_pays(query)
+    kernel = kernel_of(feature_map, query, scale, fused=fused)
     text = _Blocks(query, key, value, mask, window)
     offset = state_offset(feature_map, key, mask, scale)
     log_factor: Tensor | float = math.log(feature_map.weight)
@@ -338,15 +397,11 @@ def stream_near_far(
         # the segment's last.
         block = torch.arange(max(start - 1, 0), min(stop + 1, text.num_blocks), device=query.device)
         row = torch.arange(start, stop, device=query.device)[:, None]
-        chosen = F.pad(torch.cat([(block - row).abs() > 1, (block < stop - 1)[None]]), (1, 0), value=True)
-        merged = kernel.merge_each(stacked([before, *states_of(segment, 1)]), chosen)
-        # Not among the others: its gradient waits for that of all segments, and would be a view of all of theirs.
-        far_state = kernel.merge(_part(merged, 0, -1), stacked([after]))
-        far_state = with_offset(far_state, offset)
-        far, far_log_weight = _read_blocks(kernel, queries, far_state, position, window)
-        output = near.lerp(far, torch.sigmoid(far_log_weight + log_factor - near_log_weight))
-        # A copy: a view would keep all of the merged states until the backward pass.
-        return output.to(query.dtype), State(*(x[:, :, -1].clone() for x in merged))
+        chosen = torch.cat([(block - row).abs() > 1, (block < stop - 1)[None]])
+        far_states, before_last = kernel.merge_far(before, states_of(segment, 1), after, chosen)
+        far_states = with_offset(far_states, offset)
+        output = _read_blocks_onto(kernel, (near, near_log_weight - log_factor), queries, far_states, position, window)
+        return output.to(query.dtype), before_last
 
     # What lies behind each segment and the block that follows it, from the last segment backwards.
     segments = range(len(text.segments))
@@ -433,7 +488,7 @@ class _Blocks:
         return torch.cat(pieces, dim=2) if len(pieces) > 1 else pieces[0]
 
 
-def _in_chunks(kernel: _Exponential | _Sums, x: Tensor, window: int) -> Iterator[tuple[slice, int]]:
+def _in_chunks(kernel: _Folding, x: Tensor, window: int) -> Iterator[tuple[slice, int]]:
     """Slots and number of some blocks of x (B, H, t, D) at a time; the last block may be shorter."""
     whole = x.shape[2] // window
     some = max(1, kernel.chunk(x) // window)
@@ -445,7 +500,7 @@ def _in_chunks(kernel: _Exponential | _Sums, x: Tensor, window: int) -> Iterator
 
 
 def _fold_blocks(
-    kernel: _Exponential | _Sums, key: Tensor, value: Tensor, mask: Tensor | None, position: Tensor, window: int
+    kernel: _Folding, key: Tensor, value: Tensor, mask: Tensor | None, position: Tensor, window: int
 ) -> State:
     """The state of each block, along dim 2."""
     states = []
@@ -455,28 +510,38 @@ def _fold_blocks(
     return stacked(states)
 
 
-def _read_blocks(
-    kernel: _Exponential | _Sums, query: Tensor, states: State, position: Tensor, window: int
-) -> tuple[Tensor, Tensor]:
-    """Outputs (B, H, t, D) of blocks of queries, each of its own state, and the logarithms of the sums of weights."""
+def _read_blocks_onto(
+    kernel: _Folding,
+    near: tuple[Tensor, Tensor],
+    query: Tensor,
+    states: State,
+    position: Tensor,
+    window: int,
+) -> Tensor:
+    """Outputs (B, H, t, D) of blocks of queries, each of its own state, merged with those that ``near`` gave."""
     outputs, first = [], 0
     for part, blocks in _in_chunks(kernel, query, window):
         state = _part(states, first, first + blocks)
-        output = kernel.read(query[:, :, part], state, position[:, :, part], blocks)
-        outputs.append([x.flatten(2, 3) for x in output])
+        mean, log_sum = (in_blocks(x[:, :, part], blocks) for x in near)
+        output = kernel.read_onto((mean, log_sum), query[:, :, part], state, position[:, :, part], blocks)
+        outputs.append(output.flatten(2, 3))
         first += blocks
-    mean, log_weight = (torch.cat(parts, dim=2) for parts in zip(*outputs))
-    return mean, log_weight
+    return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
 
 
 def stacked(states: Sequence[State]) -> State:
     """States, and such as hold several along dim 2, as one that holds all of them."""
     # In memory heads come behind features, as the products of merge_each read them.
-    values, log_weights = zip(*((x if x.ndim == 5 else x.unsqueeze(2) for x in state) for state in states))
+    values, log_weights = zip(*map(_as_several, states))
     if len(states) == 1:
         return State(values[0], log_weights[0])
     value = torch.cat([x.permute(0, 2, 3, 1, 4) for x in values], dim=1)
     return State(value.permute(0, 3, 1, 2, 4), torch.cat(log_weights, dim=2))
+
+
+def _as_several(state: State) -> State:
+    """A state as one that holds several along dim 2, unless it is."""
+    return state if state.value.ndim == 5 else State(*(x.unsqueeze(2) for x in state))
 
 
 def _part(states: State, start: int, stop: int | None) -> State:
@@ -516,7 +581,7 @@ def positions_of(query: Tensor, token_mask: Tensor | None) -> Tensor:
     return (token_mask.cumsum(dim=2) - 1).clamp(min=0).to(dtype) / count
 
 
-def _caller(query: Tensor, kernel: _Exponential | _Sums | None = None) -> Callable[..., Any]:
+def _caller(query: Tensor, kernel: _Folding | None = None) -> Callable[..., Any]:
     """What calls the parts of texts (B, H, T, D), to make them anew in the backward pass where that saves memory.
 
     A text of at most D tokens has fewer logits than its state or its keys have numbers, which are kept in any case.

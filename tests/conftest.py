@@ -41,6 +41,14 @@ def pytest_unconfigure() -> None:
     gc.unfreeze()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def empty_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """st_linear's own cache has nothing in it: no teacher's scores, and no kernel that was compiled before."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 slow = partial(pytest.param, marks=pytest.mark.slow)
 """A case of a parametrised test that the fast suite leaves out."""
 

@@ -24,6 +24,7 @@ from st_linear.benchmarks.timing import (
     paired_ratio,
 )
 from st_linear.benchmarks.workloads import Workload, attention_workloads
+from st_linear.kernels import cpu
 from st_linear.recipe import base_name, packaged_base
 from st_linear.records import environment, read_json, write_json
 
@@ -124,7 +125,7 @@ def _start(settings: Settings, record_path: Path | None) -> dict[str, Any]:
     record: dict[str, Any] = {
         "level": settings.level,
         "settings": values,
-        "environment": environment(),
+        "environment": {**environment(), "cpu_kernel": cpu.is_built()},
         "interval": INTERVAL,
         "results": [],
     }
