@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from st_linear.kernels import cpu
 from st_linear.softmax import (
     backward_tokens,
     fused_gradients,
@@ -20,9 +21,11 @@ from st_linear.softmax import (
     fused_softmax_pays,
     has_fused_softmax,
     in_full_precision,
+    in_rows,
     log_of,
     softmax_gradients,
     softmax_mean,
+    zero_rows,
 )
 
 # Mapped elements of one chunk. On the CPU a chunk and what is made of it should stay in the cache of its cores
@@ -91,11 +94,7 @@ class _Form(NamedTuple):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Queries, keys, values and bias of a run, (B, H, n, …) each, or (B, H, …) for one block alone."""
         window = self.window
-        query = in_blocks(query[:, :, run.queries], run.alike)
-        key, value = (x[:, :, run.keys] for x in (key, value))
-        if run.alike:
-            # Overlapping views: of one text, the fused kernel takes them as they are.
-            key, value = (x.unfold(2, 3 * window, window).mT for x in (key, value))
+        query, key, value = in_blocks(query[:, :, run.queries], run.alike), self.keys(key, run), self.keys(value, run)
         bias = None
         if self.mask is not None:
             mask = self.mask[:, :, run.keys]
@@ -106,6 +105,11 @@ class _Form(NamedTuple):
             band = log_of((i - j).abs() <= self.radius, query.dtype)
             bias = band if bias is None else bias + band
         return query, key, value, bias
+
+    def keys(self, key: Tensor, run: _Run) -> Tensor:
+        """Keys of a run, (B, H, n, t, D) in overlapping views, or (B, H, t, D) for one block alone."""
+        key = key[:, :, run.keys]
+        return key.unfold(2, 3 * self.window, self.window).mT if run.alike else key
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         # The fused kernel keeps few weights at a time, however many blocks there are.
@@ -141,26 +145,35 @@ class _Near(torch.autograd.Function):
     def backward(ctx: Any, grad_mean: Tensor, grad_log_weight: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, mean, log_weight = ctx.saved_tensors
         form, window = ctx.form, ctx.form.window
-        grad_query, grads_by_key = torch.empty_like(query), (torch.zeros_like(key), torch.zeros_like(value))
+        grad_query, grad_key, grad_value = zero_rows(query), zero_rows(key), zero_rows(value)
+        compiled = cpu.takes(query, key, value) and form.radius is None
+        if compiled:
+            query, key, value, grad_mean = map(in_rows, (query, key, value, grad_mean))
         fused = fused_softmax_pays(query, window)
         gradients_of: Callable[..., tuple[Tensor, ...]] = fused_gradients if fused else softmax_gradients
         tokens = backward_tokens(query) if fused else chunk_tokens(query, 3 * window)
-        for run in form.runs(query.shape[2], key.shape[2], max(1, tokens // window)):
+        most = query.shape[2] if compiled else max(1, tokens // window)
+        for run in form.runs(query.shape[2], key.shape[2], most):
             gradients, outputs = (
                 (in_blocks(x[:, :, run.queries], run.alike), in_blocks(y[:, :, run.queries], run.alike))
                 for x, y in ((grad_mean, grad_log_weight), (mean, log_weight))
             )
             q, k, v, bias = form.inputs(query, key, value, run)
+            into_query = in_blocks(grad_query[:, :, run.queries], run.alike)
+            if compiled:
+                into = into_query, form.keys(grad_key, run), form.keys(grad_value, run), None
+                cpu.add_softmax_gradients(gradients, outputs, q, k, v, bias, form.scale, into)
+                continue
             by_query, *by_key = gradients_of(gradients, outputs, q, k, v, bias, form.scale)[:3]
-            in_blocks(grad_query[:, :, run.queries], run.alike).copy_(by_query)
-            for gradient, piece in zip(grads_by_key, by_key):
+            into_query.copy_(by_query)
+            for gradient, piece in zip((grad_key, grad_value), by_key):
                 if not run.alike:
                     gradient[:, :, run.keys] += piece
                     continue
                 for shift, part in enumerate(piece.split(window, dim=3)):
                     first = run.keys.start + shift * window
                     in_blocks(gradient[:, :, first : first + run.alike * window], run.alike).add_(part)
-        return grad_query, *grads_by_key, None, None
+        return grad_query, grad_key, grad_value, None, None
 
 
 def attend_near_on_gpu(

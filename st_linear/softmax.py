@@ -18,7 +18,7 @@ Backward = TypeVar("Backward", bound=Callable[..., Any])
 # backward pass through recomputed weights such a row's are 1 each: it must be one that no gradient comes in for.
 LOG_ZERO = -1e30
 
-# Rows of queries or of keys from which on the fused kernel is worth it in training, or block by block.
+# Rows of queries or of keys from which on PyTorch's fused kernel is worth it in training, or block by block.
 FUSED_ROWS = 64
 
 # Tokens that are copied at a time for its backward pass.
@@ -99,14 +99,9 @@ def has_fused_softmax(query: Tensor) -> bool:
 
 
 def fused_softmax_pays(query: Tensor, rows: int) -> bool:
-    """Whether it also is faster than plain products in training, or for blocks, of so many rows."""
-    return has_fused_softmax(query) and rows >= FUSED_ROWS
-
-
-def compiled_softmax_pays(query: Tensor) -> bool:
-    """Whether :func:`fused_softmax_mean` of such a query, upcast, runs in the compiled kernel, for any rows."""
-    single = torch.promote_types(query.dtype, torch.float32) == torch.float32
-    return single and not torch.is_grad_enabled() and cpu.takes(query[:0].float())
+    """Whether it also is faster than plain products in training, or for blocks, of so many rows of a query, upcast."""
+    compiled = cpu.takes(query, dtype=torch.promote_types(query.dtype, torch.float32))
+    return has_fused_softmax(query) and (rows >= FUSED_ROWS or compiled)
 
 
 def backward_tokens(query: Tensor) -> int:
@@ -147,8 +142,9 @@ def _fused_softmax_mean(
     other: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     # Both kernels take rows with any strides, but columns as if they lay side by side.
-    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    query, key, value = map(in_rows, (query, key, value))
     if cpu.takes(query, key, value) and (bias is None or bias.shape[-2] == 1):
+        other = None if other is None else (in_rows(other[0]), other[1])
         return cpu.softmax_mean(query, key, value, bias, scale, other)
     if query.ndim == 5:
         mean, log_sum = _fused_softmax_mean(*_inputs_as_texts(query, key, value, bias), scale)
@@ -183,6 +179,13 @@ class _FusedSoftmaxMean(torch.autograd.Function):
     @in_full_precision
     def backward(ctx: Any, grad_mean: Tensor, grad_log_sum: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, bias, mean, log_sum = ctx.saved_tensors
+        if cpu.takes(query, key, value):
+            grad_bias = key.new_zeros(*key.shape[:2], 1, key.shape[2]) if ctx.needs_input_grad[3] else None
+            into = zero_rows(query), zero_rows(key), zero_rows(value), grad_bias
+            query, key, value, grad_mean = map(in_rows, (query, key, value, grad_mean))
+            gradients, outputs = (grad_mean, grad_log_sum), (mean, log_sum)
+            cpu.add_softmax_gradients(gradients, outputs, query, key, value, bias, ctx.scale, into)
+            return *into[:3], None if grad_bias is None else grad_bias.sum_to_size(bias.shape), None
         # The longer side is cut into parts, each with a gradient of its own; the other's are added up.
         by_query = query.shape[2] >= key.shape[2]
         cut = (by_query, *[not by_query] * 3)
@@ -266,6 +269,17 @@ def fused_gradients(
     )
     grad_bias = by_key[..., head_dim : head_dim + 1] / scale
     return by_query[..., :head_dim], by_key[..., :head_dim], by_value[..., :head_dim], grad_bias
+
+
+def in_rows(x: Tensor) -> Tensor:
+    """x, (…, D), whose last dimension lies side by side in memory."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def zero_rows(x: Tensor) -> Tensor:
+    """Zeros in the shape of x, (B, H, T, D), tokens before heads in memory."""
+    texts, heads, length, head_dim = x.shape
+    return x.new_zeros(texts, length, heads, head_dim).transpose(1, 2)
 
 
 def _with_column(x: Tensor, column: Tensor | float) -> Tensor:

@@ -36,7 +36,6 @@ from st_linear.kernels import cpu
 from st_linear.near import attend_near, attend_near_on_gpu, chunk_tokens, in_blocks
 from st_linear.softmax import (
     LOG_ZERO,
-    compiled_softmax_pays,
     fused_softmax_mean,
     fused_softmax_pays,
     has_fused_softmax,
@@ -47,7 +46,7 @@ from st_linear.softmax import (
 
 _SEGMENT_TOKENS = 1024
 
-# Tokens at a time where PyTorch's fused kernel keeps logits out of memory: a limit on copies of the inputs alone.
+# Tokens at a time where a fused kernel keeps logits out of memory: a limit on copies of the inputs alone.
 _FUSED_TOKENS = 2048
 
 
@@ -194,7 +193,7 @@ class _Exponential(_Folding):
 class _Fused(_Exponential):
     """:class:`_Exponential` for ``φ(x) = exp(W x + offsets)`` on the CPU.
 
-    Its two softmaxes run in PyTorch's own fused kernel. In the fold the rows of W are queries, and in the read they
+    Its two softmaxes run in a fused kernel. In the fold the rows of W are queries, and in the read they
     are keys: logits are never in memory, not even those of a chunk.
     """
 
@@ -229,7 +228,7 @@ class _Fused(_Exponential):
         chosen = F.pad(chosen, (1, 1), value=True)
         chosen[-1, -1] = False
         merged = State(*cpu.merge_states([_as_several(before), *blocks, _as_several(after)], chosen))
-        return _part(merged, 0, -1), State(*(x[:, :, -1] for x in merged))
+        return _part(merged, 0, -1), State(*(x[:, :, -1].clone() for x in merged))
 
     def read_onto(
         self, near: tuple[Tensor, Tensor], query: Tensor, state: State, position: Tensor, blocks: int
@@ -347,8 +346,7 @@ def stream_near_far(
 
     Blocks count slots: padding must be on the right. Time O(B·H·T·(3·window + R)·D).
     """
-    fused = fused_softmax_pays(query, window) or compiled_softmax_pays(query)
-    kernel = kernel_of(feature_map, query, scale, fused=fused)
+    kernel = kernel_of(feature_map, query, scale, fused=fused_softmax_pays(query, window))
     text = _Blocks(query, key, value, mask, window)
     offset = state_offset(feature_map, key, mask, scale)
     log_factor: Tensor | float = math.log(feature_map.weight)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -16,9 +17,9 @@ from conftest import refused
 from test_attention import TOLERANCES, assert_runs_close, make_form, make_inputs, make_mask, randn, run
 from torch import Tensor
 from torch.testing import assert_close
-from torch.utils import cpp_extension
 
-from st_linear import softmax, streaming
+from st_linear import streaming
+from st_linear.cli import main
 from st_linear.kernels import cpu
 from st_linear.softmax import LOG_ZERO, fused_softmax_mean
 
@@ -28,8 +29,8 @@ TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 @pytest.fixture(scope="module", autouse=True)
 def built(empty_cache: None) -> Iterator[Path]:
     """The kernel is compiled, for this module alone: a process can load one library of its operators."""
-    if shutil.which(cpp_extension.get_cxx_compiler()) is None:
-        pytest.skip("there is no C++ compiler")
+    if sys.platform != "linux" or shutil.which("c++") is None:
+        pytest.skip("the kernel is for Linux, and needs a C++ compiler")
     library = cpu.build()
     yield library
     library.unlink()
@@ -45,11 +46,15 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         called.append(name)
         return getattr_(name)(*args, **kwargs)
 
-    originals = {name: getattr(cpu, name) for name in ("softmax_mean", "merge_states")}
+    originals = {name: getattr(cpu, name) for name in ("softmax_mean", "add_softmax_gradients", "merge_states")}
     getattr_ = originals.__getitem__
     for name in originals:
         monkeypatch.setattr(cpu, name, partial(noted, name))
     return called
+
+
+def exit_with(code: int) -> subprocess.CompletedProcess[str]:
+    return subprocess.CompletedProcess([], code, "", "")
 
 
 def expected_mean(
@@ -77,6 +82,34 @@ def test_softmax_mean(
     assert_close(actual, expected_mean(query, key, value, bias, 0.3), **TOLERANCE)
 
 
+@pytest.mark.parametrize("bias_shape", [None, (2, 3), (1, 1)])
+@pytest.mark.parametrize("head_dim", [16, 48])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (5, 3), (64, 192), (70, 129), (130, 300)])
+def test_all_gradients(
+    rows: int, columns: int, head_dim: int, bias_shape: tuple[int, int] | None, calls: list[str]
+) -> None:
+    leaves = [randn(2, 3, n, head_dim, seed=seed) for seed, n in enumerate((rows, columns, columns))]
+    leaves += [] if bias_shape is None else [randn(*bias_shape, 1, columns, seed=5)]
+    weights = randn(2, 3, rows, head_dim, seed=6), randn(2, 3, rows, 1, seed=7)
+
+    def gradients(function: Callable[..., tuple[Tensor, Tensor]], dtype: torch.dtype) -> tuple[Tensor, ...]:
+        inputs = [x.to(dtype).requires_grad_() for x in leaves]
+        outputs = function(*inputs[:3], inputs[3] if len(inputs) > 3 else None, 0.3)
+        return torch.autograd.grad(outputs, inputs, [x.to(outputs[0].dtype) for x in weights])
+
+    actual, expected = gradients(fused_softmax_mean, torch.float32), gradients(expected_mean, torch.float64)
+    assert set(calls) == {"softmax_mean", "add_softmax_gradients"}
+    assert_close(actual, expected, check_dtype=False, rtol=1e-4, atol=1e-4)
+
+
+def test_a_gradient_may_lie_anyhow_in_memory() -> None:
+    inputs = [randn(1, 2, 16, 70, seed=seed).mT.requires_grad_() for seed in range(3)]
+    for weight in (torch.ones(()).expand(1, 2, 70, 16), randn(1, 2, 16, 70, seed=4).mT):
+        actual = torch.autograd.grad(fused_softmax_mean(*inputs)[0], inputs, weight)
+        expected = torch.autograd.grad(expected_mean(*inputs, None, 1.0)[0], inputs, weight)
+        assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("gradients", [False, True])
 @pytest.mark.parametrize("blocks", [(), (3,)])
 def test_a_softmax_goes_on_from_that_of_other_keys(blocks: tuple[int, ...], gradients: bool) -> None:
@@ -90,6 +123,49 @@ def test_a_softmax_goes_on_from_that_of_other_keys(blocks: tuple[int, ...], grad
         both = fused_softmax_mean(query, key_2, value_2, bias_2, 0.3, one)
     assert_close(one, expected_mean(query, key_1, value_1, bias_1, 0.3), **TOLERANCE)
     assert_close(both, expected_mean(query, key, value, bias, 0.3), **TOLERANCE)
+
+
+def test_what_it_goes_on_from_may_lie_anyhow_in_memory() -> None:
+    query, key, value = (randn(1, 2, 70, 16, seed=seed) for seed in range(3))
+    other = randn(1, 2, 16, 70, seed=3).mT, randn(1, 70, 2, 1, seed=4).transpose(1, 2)
+    with torch.no_grad():
+        actual = fused_softmax_mean(query, key, value, None, 1.0, other)
+        expected = fused_softmax_mean(query, key, value, None, 1.0, tuple(x.contiguous() for x in other))
+    assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_a_row_with_every_key_masked_stays_finite() -> None:
+    inputs = [randn(1, 2, 40, 16, seed=seed).requires_grad_() for seed in range(3)]
+    mean, log_sum = fused_softmax_mean(*inputs, torch.full((1, 1, 1, 40), LOG_ZERO))
+    assert (log_sum <= LOG_ZERO).all()
+    assert mean.isfinite().all()
+    with torch.no_grad():
+        mean, log_sum = fused_softmax_mean(*inputs, torch.full((1, 1, 1, 40), -torch.inf))
+    assert (mean == 0).all()
+    assert (log_sum == -torch.inf).all()
+
+
+def test_threads_change_nothing() -> None:
+    form = make_form("near_far:hedgehog", num_heads=2, head_dim=16, size=64)
+    inputs = make_inputs(1, 2, 1100, 16)
+    alone = run(form.attend, form.parameters, inputs)
+    torch.set_num_threads(3)
+    try:
+        together = run(form.attend, form.parameters, inputs)
+    finally:
+        torch.set_num_threads(1)
+    assert_runs_close(together, alone, TOLERANCES[torch.float32])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["linear:favor", "near_far:hedgehog"])
+def test_half_precision_is_upcast(name: str, dtype: torch.dtype, calls: list[str]) -> None:
+    form = make_form(name, num_heads=2, head_dim=16, size=8)
+    inputs = make_inputs(1, 2, 40, 16, dtype=dtype)
+    with torch.no_grad():
+        actual, expected = form.attend(*inputs[:3]), form.reference(*(x.float() for x in inputs[:3]))
+    assert calls
+    assert_close(actual, expected.to(dtype), rtol=2**-7, atol=2**-7)
 
 
 @pytest.mark.parametrize("factor", [1.0, 1e4])
@@ -138,7 +214,6 @@ FORMS = ["linear:favor", "linear:hedgehog", "near_far:favor", "near_far:hedgehog
 def test_attention_equals_the_reference(
     name: str, padding: str, length: int, calls: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(softmax, "FUSED_ROWS", 1)
     monkeypatch.setattr(streaming, "_SEGMENT_TOKENS", 32)
     form = make_form(name, num_heads=2, head_dim=16, size=8)
     inputs, mask = make_inputs(3, 2, length, 16), make_mask(padding, length)
@@ -148,12 +223,14 @@ def test_attention_equals_the_reference(
         assert set(calls) == {"softmax_mean", "merge_states"}
     expected = run(form.reference, form.parameters, inputs, mask)
     assert_close(output, expected.output, **TOLERANCE)
+    calls.clear()
     assert_runs_close(run(form.attend, form.parameters, inputs, mask), expected, TOLERANCES[torch.float32])
+    if name != "local" and (name != "near_far:efficient" or length > 16):
+        assert "add_softmax_gradients" in calls or (form.options.get("window") and length <= 16)
 
 
 @pytest.mark.parametrize("name", ["linear:favor", "near_far:hedgehog"])
 def test_packed_texts_equal_those_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(softmax, "FUSED_ROWS", 1)
     form = make_form(name, num_heads=2, head_dim=16, size=8)
     lengths = [5, 0, 40, 600, 23]
     query, key, value, _ = make_inputs(sum(lengths), 2, 16)
@@ -183,17 +260,70 @@ def test_a_second_build_does_nothing(built: Path) -> None:
     before = built.stat()
     assert cpu.build() == built
     assert built.stat() == before
-    assert [path.name for path in built.parent.iterdir()] == [built.name]
+    assert list(built.parent.iterdir()) == [built]
 
 
-def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with monkeypatch.context() as patch, refused("needs ninja: pip install", ImportError):
-        patch.setattr(cpp_extension, "is_ninja_available", lambda: False)
-        cpu.build()
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    with refused("needs a C++ compiler", RuntimeError):
-        cpu.build()
+class TestErrors:
+    @pytest.fixture(autouse=True)
+    def empty(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        cpu.is_built.cache_clear()
+        yield
+        cpu.is_built.cache_clear()
+
+    def test_no_compiler(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("CXX", "no-such-compiler -v")
+        with refused("needs a C++ compiler, and there is no 'no-such-compiler'", FileNotFoundError):
+            cpu.build()
+
+    def test_a_compiler_that_fails(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("CXX", "false")
+        with refused("false could not compile the CPU kernel: exit code 1", RuntimeError):
+            cpu.build()
+        assert not any(cpu.library_path().parent.iterdir())
+
+    def test_errors_in_the_source(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        source = tmp_path / "cpu.cpp"
+        source.write_text("int x = y;")
+        monkeypatch.setattr(cpu, "_SOURCE", source)
+        with refused("cpu.cpp:1:9: error: ", RuntimeError):
+            cpu.build()
+
+    def test_another_system(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sys, "platform", "darwin")
+        with refused("is for Linux", RuntimeError):
+            cpu.build()
+
+    def test_a_damaged_library_is_left_out_and_built_again(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        library = cpu.library_path()
+        library.parent.mkdir(parents=True)
+        library.write_text("junk")
+        with pytest.warns(UserWarning, match="run `st-linear build` again"):
+            assert not cpu.is_built()
+        inputs = [randn(1, 2, 9, 16, seed=seed) for seed in range(3)]
+        assert_close(fused_softmax_mean(*inputs), expected_mean(*inputs, None, 1.0), **TOLERANCE)
+        compiled: list[object] = []
+        monkeypatch.setattr(subprocess, "run", lambda line, **options: compiled.append(line) or exit_with(1))
+        with refused("could not compile", RuntimeError):
+            cpu.build()
+        assert compiled
+
+    def test_no_home(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in ("XDG_CACHE_HOME", "HOME"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+        assert not cpu.is_built()
+
+
+def test_wrong_shapes_are_refused() -> None:
+    query, key, value = (randn(2, 3, n, 16, seed=seed) for seed, n in enumerate((5, 7, 7)))
+    with pytest.raises(RuntimeError, match=r"shape .* wanted"):
+        cpu.softmax_mean(query, key[:1], value, None, 1.0)
+    with pytest.raises(RuntimeError, match="side by side"):
+        cpu.softmax_mean(query, key.mT.contiguous().mT, value, None, 1.0)
+    states = randn(1, 1, 4, 3, 16), randn(1, 1, 4, 1, 3)
+    with pytest.raises(RuntimeError, match="as many states"):
+        cpu.merge_states([states], torch.ones(2, 3, dtype=torch.bool))
 
 
 @pytest.mark.slow
@@ -202,3 +332,10 @@ def test_lesser_processors(capability: str) -> None:
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
     line = [sys.executable, "-m", "pytest", "-q", "-n0", __file__]
     subprocess.run(line, env=environment, check=True)
+
+
+def test_command(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as info:
+        main(["build", "--json"])
+    assert not info.value.code
+    assert json.loads(capfd.readouterr().out) == {"library": str(cpu.library_path())}

@@ -8,9 +8,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import platform
+import shlex
 import shutil
+import subprocess
 import sys
-import tempfile
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,9 +29,11 @@ _FLAGS = {
 }
 
 
-def takes(*inputs: Tensor) -> bool:
-    """Whether the kernel is there, for tensors of rows (…, D)."""
-    fits = all(x.device.type == "cpu" and x.dtype == torch.float32 and x.shape[-1] % 16 == 0 for x in inputs)
+def takes(*inputs: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether the kernel is there for tensors of rows (…, D), in ``dtype`` if it is to be another than theirs."""
+    fits = all(
+        x.device.type == "cpu" and (dtype or x.dtype) == torch.float32 and x.shape[-1] % 16 == 0 for x in inputs
+    )
     return fits and is_built()
 
 
@@ -52,6 +57,31 @@ def softmax_mean(
     return torch.ops.st_linear_cpu.softmax_mean(query, key, value, bias, scale, *(other or (None, None)))
 
 
+def add_softmax_gradients(
+    gradients: tuple[Tensor, Tensor],
+    outputs: tuple[Tensor, Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    into: tuple[Tensor, Tensor, Tensor, Tensor | None],
+) -> None:
+    """The gradients of query, key, value and bias, from those of what :func:`softmax_mean` returned, its ``outputs``.
+
+    ``into``, as query, key and value, and (B, H, n, 1, N) or None for the bias, is what they are written to. Those of
+    keys, values and biases are added to what is there, and may be overlapping views where blocks overlap.
+    """
+    if query.ndim == 4:
+        gradients, outputs = ((mean.unsqueeze(2), log_sum.unsqueeze(2)) for mean, log_sum in (gradients, outputs))
+        query, key, value, grad_query, grad_key, grad_value = (x.unsqueeze(2) for x in (query, key, value, *into[:3]))
+        grad_bias = None if into[3] is None else into[3].unsqueeze(2)
+        into, bias = (grad_query, grad_key, grad_value, grad_bias), None if bias is None else bias.unsqueeze(-3)
+    if bias is not None:
+        bias = bias.expand(*query.shape[:3], 1, key.shape[3])
+    torch.ops.st_linear_cpu.add_softmax_gradients(*gradients, query, key, value, bias, scale, *outputs, *into)
+
+
 def merge_states(states: Sequence[tuple[Tensor, Tensor]], chosen: Tensor) -> tuple[Tensor, Tensor]:
     """M merged states of N, which come in parts along dim 2: their values (B, H, n, R, D) and log weights.
 
@@ -66,10 +96,15 @@ def merge_states(states: Sequence[tuple[Tensor, Tensor]], chosen: Tensor) -> tup
 def is_built() -> bool:
     """Whether the kernel has been compiled for this machine and this version of PyTorch; it is loaded then."""
     library = library_path()
-    if library.exists():
+    # Not Path's: that raises where the folder may not be read.
+    if not os.path.isfile(library):
+        return False
+    try:
         torch.ops.load_library(library)
-        return True
-    return False
+    except OSError as error:
+        warnings.warn(f"the compiled CPU kernel is left out, run `st-linear build` again: {error}", stacklevel=2)
+        return False
+    return True
 
 
 def build() -> Path:
@@ -79,36 +114,50 @@ def build() -> Path:
         The library, :func:`library_path`.
 
     Raises:
-        RuntimeError: If there is no compiler, or it fails.
-        ImportError: If there is no ninja.
+        FileNotFoundError: If there is no compiler.
+        RuntimeError: If it fails, or this is not Linux.
     """
     library = library_path()
-    if library.exists():
+    if is_built():
         return library
-    if sys.platform == "win32":
-        raise RuntimeError("the CPU kernel is for Linux and macOS; PyTorch's own kernels do its work on Windows")
+    if sys.platform != "linux":
+        raise RuntimeError("the CPU kernel is for Linux; elsewhere PyTorch's own kernels do its work")
+    compiler = shlex.split(os.environ.get("CXX") or "c++")
+    if shutil.which(compiler[0]) is None:
+        raise FileNotFoundError(f"the CPU kernel needs a C++ compiler, and there is no {compiler[0]!r}: install g++")
     from torch.utils import cpp_extension
 
-    if shutil.which(cpp_extension.get_cxx_compiler()) is None:
-        raise RuntimeError("the CPU kernel needs a C++ compiler, such as g++ (Debian: apt install g++)")
-    if not cpp_extension.is_ninja_available():
-        raise ImportError('the CPU kernel needs ninja: pip install "st-linear[native]"')
-    flags = ["-O3", *_FLAGS.get(_capability(), []), *(["-fopenmp"] if sys.platform == "linux" else [])]
+    folders = [f"-I{path}" for path in cpp_extension.include_paths()]
+    libraries = [*(f"-L{path}" for path in cpp_extension.library_paths()), "-lc10", "-ltorch_cpu"]
     library.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        cpp_extension.load(
-            library.stem, [str(_SOURCE)], extra_cflags=flags, build_directory=folder, is_python_module=False
-        )
-        os.replace(Path(folder) / library.name, library)
+    temporary = library.with_name(f"{library.name}.{os.getpid()}")
+    try:
+        line = [*compiler, *_flags(), *folders, str(_SOURCE), "-o", str(temporary), *libraries]
+        done = subprocess.run(line, capture_output=True, text=True)
+        if done.returncode:
+            errors = [text for text in done.stderr.splitlines() if "error" in text] or [f"exit code {done.returncode}"]
+            raise RuntimeError(f"{compiler[0]} could not compile the CPU kernel: {errors[0]}")
+        os.replace(temporary, library)
+    finally:
+        temporary.unlink(missing_ok=True)
     is_built.cache_clear()
+    if not is_built():
+        library.unlink()
+        raise RuntimeError(f"what {compiler[0]} compiled can't be loaded: set CXX to another compiler, g++ say")
     return library
 
 
 def library_path() -> Path:
     """Where the compiled kernel belongs: under ``~/.cache/st_linear``, or ``XDG_CACHE_HOME`` where it is set."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    key = hashlib.sha256(_SOURCE.read_bytes() + torch.__version__.encode()).hexdigest()[:16]
-    return cache / "st_linear" / "kernels" / f"st_linear_cpu_{_capability().lower()}_{key}.so"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    parts = (_SOURCE.read_text(encoding="utf-8"), torch.__version__, platform.machine(), *_flags())
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    return cache / "st_linear" / "kernels" / f"cpu-{_capability().lower()}-{key}.so"
+
+
+def _flags() -> list[str]:
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+    return ["-std=c++20", "-O3", "-shared", "-fPIC", "-fopenmp", abi, *_FLAGS.get(_capability(), [])]
 
 
 def _capability() -> str:
