@@ -13,8 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import refused
+from conftest import refused, slow
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from test_attention import TOLERANCES, assert_runs_close, make_form, make_inputs, make_mask, randn, run
+from test_streaming import CASES, Case, cases, check
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -22,6 +25,8 @@ from st_linear import streaming
 from st_linear.cli import main
 from st_linear.kernels import cpu
 from st_linear.softmax import LOG_ZERO, fused_softmax_mean
+
+TOO_SLOW = [HealthCheck.too_slow]
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -227,6 +232,18 @@ def test_attention_equals_the_reference(
     assert_runs_close(run(form.attend, form.parameters, inputs, mask), expected, TOLERANCES[torch.float32])
     if name != "local" and (name != "near_far:efficient" or length > 16):
         assert "add_softmax_gradients" in calls or (form.options.get("window") and length <= 16)
+
+
+@pytest.mark.parametrize("share", [pytest.param(20, id="some"), slow(1, id="all")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_random_cases_equal_the_reference(dtype: torch.dtype, share: int, calls: list[str]) -> None:
+    @settings(deadline=None, derandomize=True, max_examples=CASES[dtype] // share, suppress_health_check=TOO_SLOW)
+    @given(case=cases(), head_dim=st.sampled_from([16, 32, 48]))
+    def test(case: Case, head_dim: int) -> None:
+        check(case._replace(shape=(*case.shape[:3], head_dim)), dtype)
+
+    test()
+    assert set(calls) == {"softmax_mean", "add_softmax_gradients", "merge_states"}
 
 
 @pytest.mark.parametrize("name", ["linear:favor", "near_far:hedgehog"])
