@@ -200,8 +200,9 @@ class _Fused(_Exponential):
     weights: tuple[Tensor, Tensor]
 
     def chunk(self, query: Tensor) -> int:
-        # One chunk, as the gradients of several would be copied to make one; but upcast inputs would be kept.
-        if torch.is_grad_enabled() and not _is_half(query):
+        # One chunk, as the gradients of several would be copied to make one, and the compiled kernel copies nothing.
+        # Not of half precision: the upcast inputs would be kept.
+        if not _is_half(query) and (torch.is_grad_enabled() or cpu.takes(query)):
             return query.shape[2]
         return max(1, _FUSED_TOKENS // len(query))
 
@@ -621,8 +622,12 @@ def _joined(chunks: Iterable[Tensor], like: Tensor) -> Tensor:
         parts = [chunk.transpose(1, 2) for chunk in chunks]
         return (torch.cat(parts, dim=1) if len(parts) > 1 else parts[0].contiguous()).transpose(1, 2)
     texts, heads, length, head_dim = like.shape
-    output, start = like.new_empty(texts, length, heads, head_dim).transpose(1, 2), 0
+    output, start = like, 0
     for chunk in chunks:
+        if chunk.shape[2] == length and chunk.transpose(1, 2).is_contiguous():
+            return chunk
+        if start == 0:
+            output = like.new_empty(texts, length, heads, head_dim).transpose(1, 2)
         output[:, :, start : start + chunk.shape[2]] = chunk
         start += chunk.shape[2]
     return output
