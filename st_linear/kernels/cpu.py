@@ -157,7 +157,7 @@ def library_path() -> Path:
 
 def _flags() -> list[str]:
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-    return ["-std=c++20", "-O3", "-shared", "-fPIC", "-fopenmp", abi, *_FLAGS.get(_capability(), [])]
+    return ["-std=c++20", "-O3", "-funroll-loops", "-shared", "-fPIC", "-fopenmp", abi, *_FLAGS.get(_capability(), [])]
 
 
 def _capability() -> str:
