@@ -2,7 +2,8 @@
 
 It treats each token alone, and what it computes on the way is several times as wide as a token. With tens of thousands
 of tokens these are tensors of hundreds of megabytes: they leave the cache before they are read, and the allocator of
-the CPU maps them anew for every layer, page by page. In chunks they stay in the cache, and in memory that is there.
+the CPU maps them anew for every layer, page by page. In chunks they stay in the cache, and in memory that is there. So
+does what BERT and its like compute between attention and that: a projection, a sum and a normalisation.
 
 transformers has an option for this, ``chunk_size_feed_forward``, for numbers of tokens that the chunk divides.
 
@@ -26,8 +27,11 @@ CHUNK_TOKENS = 1024
 _METHODS = ("feed_forward_chunk", "ff_chunk")
 """What transformers' layers call in chunks themselves, where ``chunk_size_feed_forward`` is set."""
 
-_MODULES = ("ModernBertMLP", "NomicBertMLP", "GteMLP", "EuroBertMLP", "JinaEmbeddingsV3MLP")
-"""Modules that have no such method, and are called with a token's features and nothing else."""
+_MODULES = (
+    *("ModernBertMLP", "NomicBertMLP", "GteMLP", "EuroBertMLP", "JinaEmbeddingsV3MLP"),
+    *(f"{name}SelfOutput" for name in ("Bert", "Roberta", "XLMRoberta", "Camembert", "Electra", "Ernie")),
+)
+"""Modules that have no such method, and are called with features of each token and nothing else."""
 
 
 def chunk_feed_forward(model: nn.Module) -> None:
@@ -70,7 +74,7 @@ def _blank(whole: Any) -> nn.Module:
 
 
 def _token_wise_method(module_class: type[nn.Module]) -> str | None:
-    """The method that is a feed-forward network, (…, d) to (…, d), each token alone; None where there is none."""
+    """The method that treats each token alone, from one or two (…, d) to (…, d); None where there is none."""
     if not module_class.__module__.startswith("transformers."):
         return None
     for name in _METHODS:
@@ -83,9 +87,10 @@ def _token_wise_method(module_class: type[nn.Module]) -> str | None:
 @cache
 def _in_chunks(whole: type[nn.Module], method: str) -> type[nn.Module]:
     """A class like ``whole``, whose ``method`` goes through its tokens in chunks."""
-    compute: Callable[[nn.Module, Tensor], Tensor] = getattr(whole, method)
+    compute: Callable[..., Tensor] = getattr(whole, method)
 
-    def chunked(self: nn.Module, hidden: Tensor) -> Tensor:
+    def chunked(self: nn.Module, *inputs: Tensor) -> Tensor:
+        hidden = inputs[0]
         if (
             # Dropout would draw otherwise than where checkpointing computes it again, with gradients.
             self.training
@@ -95,16 +100,17 @@ def _in_chunks(whole: type[nn.Module], method: str) -> type[nn.Module]:
             or hidden.device.type != "cpu"
             or hidden.shape[:-1].numel() <= CHUNK_TOKENS
         ):
-            return compute(self, hidden)
+            return compute(self, *inputs)
         tokens = hidden.shape[:-1].numel()
         output: Tensor | None = None
         done = 0
-        for part in hidden.flatten(0, -2)[None].chunk(-(-tokens // CHUNK_TOKENS), dim=1):
-            result = compute(self, part)
+        chunks = -(-tokens // CHUNK_TOKENS)
+        for parts in zip(*(x.flatten(0, -2)[None].chunk(chunks, dim=1) for x in inputs)):
+            result = compute(self, *parts)
             # Not before the first is there: under autocast it says the dtype.
             output = result.new_empty(1, tokens, result.shape[-1]) if output is None else output
-            output[:, done : done + part.shape[1]] = result
-            done += part.shape[1]
+            output[:, done : done + result.shape[1]] = result
+            done += result.shape[1]
         assert output is not None
         return output.view(*hidden.shape[:-1], output.shape[-1])
 

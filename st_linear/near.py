@@ -18,11 +18,10 @@ from st_linear.softmax import (
     backward_tokens,
     fused_gradients,
     fused_softmax_mean,
-    fused_softmax_pays,
     has_fused_softmax,
     in_full_precision,
-    in_rows,
     log_of,
+    pytorchs_softmax_pays,
     softmax_gradients,
     softmax_mean,
     zero_rows,
@@ -147,9 +146,7 @@ class _Near(torch.autograd.Function):
         form, window = ctx.form, ctx.form.window
         grad_query, grad_key, grad_value = zero_rows(query), zero_rows(key), zero_rows(value)
         compiled = cpu.takes(query, key, value) and form.radius is None
-        if compiled:
-            query, key, value, grad_mean = map(in_rows, (query, key, value, grad_mean))
-        fused = fused_softmax_pays(query, window)
+        fused = pytorchs_softmax_pays(query, window)
         gradients_of: Callable[..., tuple[Tensor, ...]] = fused_gradients if fused else softmax_gradients
         tokens = backward_tokens(query) if fused else chunk_tokens(query, 3 * window)
         most = query.shape[2] if compiled else max(1, tokens // window)
@@ -159,14 +156,14 @@ class _Near(torch.autograd.Function):
                 for x, y in ((grad_mean, grad_log_weight), (mean, log_weight))
             )
             q, k, v, bias = form.inputs(query, key, value, run)
-            into_query = in_blocks(grad_query[:, :, run.queries], run.alike)
+            by_query = in_blocks(grad_query[:, :, run.queries], run.alike)
             if compiled:
-                into = into_query, form.keys(grad_key, run), form.keys(grad_value, run), None
+                into = by_query, form.keys(grad_key, run), form.keys(grad_value, run), None
                 cpu.add_softmax_gradients(gradients, outputs, q, k, v, bias, form.scale, into)
                 continue
-            by_query, *by_key = gradients_of(gradients, outputs, q, k, v, bias, form.scale)[:3]
-            into_query.copy_(by_query)
-            for gradient, piece in zip((grad_key, grad_value), by_key):
+            piece, *pieces = gradients_of(gradients, outputs, q, k, v, bias, form.scale)[:3]
+            by_query.copy_(piece)
+            for gradient, piece in zip((grad_key, grad_value), pieces):
                 if not run.alike:
                     gradient[:, :, run.keys] += piece
                     continue

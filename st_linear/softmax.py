@@ -99,9 +99,17 @@ def has_fused_softmax(query: Tensor) -> bool:
 
 
 def fused_softmax_pays(query: Tensor, rows: int) -> bool:
-    """Whether it also is faster than plain products in training, or for blocks, of so many rows of a query, upcast."""
+    """Whether it also is faster than plain products in training, or for blocks, of so many rows.
+
+    The query may still be in half precision.
+    """
     compiled = cpu.takes(query, dtype=torch.promote_types(query.dtype, torch.float32))
-    return has_fused_softmax(query) and (rows >= FUSED_ROWS or compiled)
+    return compiled or pytorchs_softmax_pays(query, rows)
+
+
+def pytorchs_softmax_pays(query: Tensor, rows: int) -> bool:
+    """The same of PyTorch's kernel alone."""
+    return has_fused_softmax(query) and rows >= FUSED_ROWS
 
 
 def backward_tokens(query: Tensor) -> int:
@@ -141,16 +149,15 @@ def _fused_softmax_mean(
     scale: float,
     other: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    # Both kernels take rows with any strides, but columns as if they lay side by side.
-    query, key, value = map(in_rows, (query, key, value))
     if cpu.takes(query, key, value) and (bias is None or bias.shape[-2] == 1):
-        other = None if other is None else (in_rows(other[0]), other[1])
         return cpu.softmax_mean(query, key, value, bias, scale, other)
     if query.ndim == 5:
         mean, log_sum = _fused_softmax_mean(*_inputs_as_texts(query, key, value, bias), scale)
         mean, log_sum = _as_blocks(mean, len(query)), _as_blocks(log_sum, len(query))
     else:
-        # The kernel behind scaled_dot_product_attention, which does not hand on the logarithm.
+        # The kernel behind scaled_dot_product_attention, which does not hand on the logarithm. It takes rows with any
+        # strides, but columns as if they lay side by side.
+        query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
         attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         mean, log_sum = attend(query, key, value, attn_mask=bias, scale=scale)
         log_sum = log_sum.unsqueeze(-1)
@@ -180,12 +187,12 @@ class _FusedSoftmaxMean(torch.autograd.Function):
     def backward(ctx: Any, grad_mean: Tensor, grad_log_sum: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, bias, mean, log_sum = ctx.saved_tensors
         if cpu.takes(query, key, value):
-            grad_bias = key.new_zeros(*key.shape[:2], 1, key.shape[2]) if ctx.needs_input_grad[3] else None
-            into = zero_rows(query), zero_rows(key), zero_rows(value), grad_bias
-            query, key, value, grad_mean = map(in_rows, (query, key, value, grad_mean))
+            like = (query, key, value, key[..., :1].mT)
+            into = [zero_rows(x) if wanted else None for x, wanted in zip(like, ctx.needs_input_grad)]
             gradients, outputs = (grad_mean, grad_log_sum), (mean, log_sum)
             cpu.add_softmax_gradients(gradients, outputs, query, key, value, bias, ctx.scale, into)
-            return *into[:3], None if grad_bias is None else grad_bias.sum_to_size(bias.shape), None
+            *by_others, by_bias = into
+            return *by_others, None if by_bias is None else by_bias.sum_to_size(bias.shape), None
         # The longer side is cut into parts, each with a gradient of its own; the other's are added up.
         by_query = query.shape[2] >= key.shape[2]
         cut = (by_query, *[not by_query] * 3)
@@ -269,11 +276,6 @@ def fused_gradients(
     )
     grad_bias = by_key[..., head_dim : head_dim + 1] / scale
     return by_query[..., :head_dim], by_key[..., :head_dim], by_value[..., :head_dim], grad_bias
-
-
-def in_rows(x: Tensor) -> Tensor:
-    """x, (…, D), whose last dimension lies side by side in memory."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def zero_rows(x: Tensor) -> Tensor:

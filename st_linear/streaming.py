@@ -168,16 +168,16 @@ class _Exponential(_Folding):
 
     def read(self, query: Tensor, state: State, position: Tensor, blocks: int = 0) -> tuple[Tensor, Tensor]:
         mean, log_weight = softmax_mean(in_blocks(self._query_logits(query), blocks) + state.log_weight, state.value)
-        return mean, log_weight + self._query_offset(query, blocks)
+        return mean, self._with_query_offset(log_weight, query, blocks)
 
     def read_alone(self, query: Tensor, state: State, position: Tensor) -> Tensor:
         return (self._query_logits(query) + state.log_weight).softmax(dim=-1) @ state.value
 
-    def _query_offset(self, query: Tensor, blocks: int) -> Tensor | float:
-        """What is added to all logits of a query, (B, H, …, T, 1)."""
+    def _with_query_offset(self, log_weight: Tensor, query: Tensor, blocks: int, sign: int = 1) -> Tensor:
+        """What all logits of a query share is added, or taken away; (B, H, …, T, 1)."""
         if _has(self.map, "query_offset") and (offset := self.map.query_offset(query * self.root)) is not None:
-            return in_blocks(offset, blocks)
-        return 0.0
+            return log_weight.add(in_blocks(offset, blocks), alpha=sign)
+        return log_weight
 
     def _query_logits(self, query: Tensor) -> Tensor:
         return self.map.query_logits(query * self.root) if self.weights is None else query @ self.weights[0].mT
@@ -215,7 +215,7 @@ class _Fused(_Exponential):
 
     def read(self, query: Tensor, state: State, position: Tensor, blocks: int = 0) -> tuple[Tensor, Tensor]:
         mean, log_weight = self._read(in_blocks(query, blocks), state)
-        return mean, log_weight + self._query_offset(query, blocks)
+        return mean, self._with_query_offset(log_weight, query, blocks)
 
     def read_alone(self, query: Tensor, state: State, position: Tensor) -> Tensor:
         return self._read(query, state)[0]
@@ -235,7 +235,8 @@ class _Fused(_Exponential):
         self, near: tuple[Tensor, Tensor], query: Tensor, state: State, position: Tensor, blocks: int
     ) -> Tensor:
         mean, log_sum = near
-        return self._read(in_blocks(query, blocks), state, (mean, log_sum - self._query_offset(query, blocks)))[0]
+        other = mean, self._with_query_offset(log_sum, query, blocks, sign=-1)
+        return self._read(in_blocks(query, blocks), state, other)[0]
 
     def _weight(self, side: int, x: Tensor) -> Tensor:
         """W, (H, R, D), beside x, (B, H, T, D) or (B, H, n, T, D)."""
@@ -622,7 +623,7 @@ def _joined(chunks: Iterable[Tensor], like: Tensor) -> Tensor:
         parts = [chunk.transpose(1, 2) for chunk in chunks]
         return (torch.cat(parts, dim=1) if len(parts) > 1 else parts[0].contiguous()).transpose(1, 2)
     texts, heads, length, head_dim = like.shape
-    output, start = like, 0
+    output, start = like, 0  # which has no token if there is no chunk
     for chunk in chunks:
         if chunk.shape[2] == length and chunk.transpose(1, 2).is_contiguous():
             return chunk

@@ -242,7 +242,9 @@ class TestSpecs:
 
     @pytest.mark.parametrize("name", ["", "nosuch", "favor:", "favor@", "favor:x", "favor@64:128", "softmax", "Favor"])
     def test_other_names_list_the_choices(self, name: str) -> None:
-        with refused(f"unknown model {name!r}; choose among: sdpa, flash, performer, plain, flash-bla, copy, MAP["):
+        with refused(
+            f"unknown model {name!r}; choose among: sdpa, flash, performer, plain, uncompiled, flash-bla, copy, MAP["
+        ):
             make_attention(name, SHAPE)
         with refused("MAP is one of elu, relu, favor, "):
             make_attention(name, SHAPE)
@@ -256,6 +258,10 @@ class TestSpecs:
             ("copy:3", "unknown model 'copy:3'; copy has no options"),
             ("performer:x", "unknown model 'performer:x'; write performer:NUMBER, its number of features"),
             ("performer:0", "unknown model 'performer:0'; write performer:NUMBER"),
+            (
+                "uncompiled:elu",
+                "uncompiled is there to compare with the compiled CPU kernel: run `st-linear build` first",
+            ),
             ("plain:elu@4", "unknown model 'plain:elu@4'; plain is purely linear: leave out @4"),
             ("flash", "flash needs device=cuda and dtype float16 or bfloat16, got cpu and float32"),
             ("flash-bla:x", "unknown model 'flash-bla:x'; write flash-bla, or flash-bla:kernel"),

@@ -51,6 +51,17 @@ class TestChunks:
             assert most_rows(model, lambda: run(model)) <= CHUNK
             torch.testing.assert_close(run(model), expected, rtol=1e-5, atol=1e-5)
 
+    @pytest.mark.parametrize("name", ["bert", "roberta", "xlm-roberta", "camembert", "electra", "ernie"])
+    def test_so_does_what_comes_between_attention_and_them(self, name: str) -> None:
+        module, rows = tiny(name).encoder.layer[0].attention.output, []
+        inputs = torch.randn(2, 45, 32), torch.randn(2, 45, 32)
+        module.dense.register_forward_pre_hook(lambda dense, args: rows.append(args[0].shape[:-1].numel()))
+        with torch.no_grad():
+            expected = module(*inputs)
+            chunk_feed_forward(module)
+            torch.testing.assert_close(module(*inputs), expected, rtol=1e-5, atol=1e-5)
+        assert rows == [90, 30, 30, 30]
+
     @pytest.mark.parametrize("length", [1, 7, CHUNK, CHUNK + 1, 63])
     def test_any_number_of_tokens(self, length: int) -> None:
         model = tiny("bert")

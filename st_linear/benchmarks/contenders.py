@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -28,6 +29,7 @@ from st_linear.feature_maps import (
     feature_map_names,
     make_feature_map,
 )
+from st_linear.kernels import cpu
 from st_linear.settings import ATTENTION_FORM, read_attention_name
 
 PERFORMER_FEATURES = 256
@@ -90,6 +92,8 @@ class Attention(NamedTuple):
     function: Callable[[Tensor, Tensor, Tensor], Any]
     parameters: tuple[nn.Parameter, ...] = ()
     differentiable: bool = True
+    around: Callable[[], AbstractContextManager[None]] = nullcontext
+    """What it runs inside, its backward pass too."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,7 @@ def make_attention(name: str, shape: Shape) -> Attention:
 
     Args:
         name: ``MAP[:features][@window]``, or one of :data:`ATTENTION_PEERS`, of which ``performer`` takes
-            ``[:features]`` and ``plain`` takes ``[:MAP[:features]]``.
+            ``[:features]``, ``plain`` ``[:MAP[:features]]`` and ``uncompiled`` ``:MAP[:features][@window]``.
         shape: What it is made for.
 
     Raises:
@@ -226,6 +230,15 @@ def _plain(rest: str, shape: Shape) -> Attention:
     return Attention(partial(plain_linear_attention, feature_map=feature_map), tuple(feature_map.parameters()))
 
 
+def _uncompiled(rest: str, shape: Shape) -> Attention:
+    if shape.device.type != "cpu":
+        raise ValueError(f"uncompiled needs device=cpu, got {shape.device}")
+    if not cpu.is_built():
+        raise ValueError("uncompiled is there to compare with the compiled CPU kernel: run `st-linear build` first")
+    MapSpec.parse(rest, shape.features)
+    return make_attention(rest, shape)._replace(around=cpu.left_out)
+
+
 def _flash_bla(rest: str, shape: Shape) -> Attention:
     if rest not in ("", "kernel"):
         raise ValueError(
@@ -255,6 +268,7 @@ ATTENTION_PEERS: dict[str, Callable[[str, Shape], Attention]] = {
     "flash": _flash,
     "performer": _performer,
     "plain": _plain,
+    "uncompiled": _uncompiled,
     "flash-bla": _flash_bla,
     "copy": _copy,
 }

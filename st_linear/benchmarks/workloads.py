@@ -91,7 +91,7 @@ def _attention_step(attention: Attention, query: Tensor, key: Tensor, value: Ten
     if not backward:
 
         def forward() -> Any:
-            with torch.inference_mode():
+            with torch.inference_mode(), attention.around():
                 return attention.function(query, key, value)
 
         return forward
@@ -99,10 +99,11 @@ def _attention_step(attention: Attention, query: Tensor, key: Tensor, value: Ten
     gradient = torch.ones_like(query)
 
     def forward_and_backward() -> Any:
-        output = attention.function(*inputs)
         wanted = [*inputs, *(parameter for parameter in attention.parameters if parameter.requires_grad)]
-        # A text inside two windows leaves the map of near/far attention unused.
-        gradients = torch.autograd.grad(output, wanted, gradient, allow_unused=True)
+        with attention.around():
+            output = attention.function(*inputs)
+            # A text inside two windows leaves the map of near/far attention unused.
+            gradients = torch.autograd.grad(output, wanted, gradient, allow_unused=True)
         return output, *gradients
 
     return forward_and_backward

@@ -12,7 +12,6 @@
 
 #include <algorithm>
 #include <limits>
-#include <numeric>
 #include <optional>
 #include <tuple>
 #include <type_traits>
@@ -47,6 +46,10 @@ struct Rows {
     return data + row * stride;
   }
 };
+
+Rows from(Rows rows, int64_t first) {
+  return {rows[first], rows.stride};
+}
 
 // Numbers anywhere: those of a row are `column_stride` apart.
 struct Matrix {
@@ -134,6 +137,10 @@ Rows packed(Rows rows, int64_t count, int64_t head_dim, float* copy) {
   return {copy, head_dim};
 }
 
+float total(Vec numbers) {
+  return at::vec::vec_reduce_all<float>([](Vec& x, Vec& y) { return x + y; }, numbers);
+}
+
 // Rows (count, D) as (D, strip).
 void transpose(Rows rows, int64_t count, int64_t head_dim, float* strip) {
   for (int64_t i = 0; i < count; i += kWidth) {
@@ -185,9 +192,9 @@ class Strip {
       const int64_t some = std::min(kTile, keys - start);
       copy_bias(bias, start, some, bias_.data());
       std::copy_n(largest_, kStrip, before_);
-      logits_of(packed({key[start], key.stride}, some, head_dim_, key_.data()), query_.data(), some, queries_,
+      logits_of(packed(from(key, start), some, head_dim_, key_.data()), query_.data(), some, queries_,
                 head_dim_, scale, bias_.data(), logits_.data(), largest_);
-      add_values(packed({value[start], value.stride}, some, head_dim_, value_.data()), some);
+      add_values(packed(from(value, start), some, head_dim_, value_.data()), some);
     }
   }
 
@@ -276,43 +283,48 @@ class GradientStrip {
       for (int64_t d = 0; d < head_dim_; d += kWidth) {
         product = fmadd(Vec::loadu(grad_mean[i] + d), Vec::loadu(mean[i] + d), product);
       }
-      const float sum = at::vec::vec_reduce_all<float>([](Vec& x, Vec& y) { return x + y; }, product);
-      by_query_[i] = sum - *grad_log_sum[i];
+      by_query_[i] = total(product) - *grad_log_sum[i];
       log_sum_[i] = *log_sum[i];
     }
   }
 
-  // Adds to the gradients of some keys, values and biases; those of biases may be none.
+  // Adds to the gradients of keys, values and biases, but to those that are none.
   void add(Rows key, Rows value, Rows bias, int64_t keys, float scale, Rows grad_key, Rows grad_value, Rows grad_bias) {
     for (int64_t start = 0; start < keys; start += kTile) {
       const int64_t some = std::min(kTile, keys - start);
-      const Rows k = packed({key[start], key.stride}, some, head_dim_, key_.data());
-      const Rows v = packed({value[start], value.stride}, some, head_dim_, value_.data());
+      const Rows k = packed(from(key, start), some, head_dim_, key_.data());
+      const Rows v = packed(from(value, start), some, head_dim_, value_.data());
       copy_bias(bias, start, some, bias_.data());
       logits_of(k, query_.data(), some, queries_, head_dim_, scale, bias_.data(), weights_.data(), nullptr);
       logits_of(v, grad_mean_.data(), some, queries_, head_dim_, 1.f, no_bias_.data(), grad_logits_.data(), nullptr);
       for (int64_t i = 0; i < some; ++i) {
+        Vec sum(0.f);
         for (int64_t j = 0; j < queries_; j += kWidth) {
           float *weights = weights_.data() + i * kStrip + j, *gradients = grad_logits_.data() + i * kStrip + j;
           const Vec weight = (Vec::loadu(weights) - Vec::loadu(log_sum_ + j)).exp_u20();
           weight.store(weights);
-          (weight * (Vec::loadu(gradients) - Vec::loadu(by_query_ + j))).store(gradients);
+          const Vec gradient = weight * (Vec::loadu(gradients) - Vec::loadu(by_query_ + j));
+          gradient.store(gradients);
+          // Columns beyond the last query hold anything.
+          sum = sum + Vec::set(Vec(0.f), gradient, std::min(kWidth, queries_ - j));
         }
-        if (grad_bias.data) {
-          const float* gradients = grad_logits_.data() + i * kStrip;
-          *grad_bias[start + i] += std::accumulate(gradients, gradients + queries_, 0.f);
-        }
+        if (grad_bias.data) *grad_bias[start + i] += total(sum);
       }
-      add_product({weights_.data(), kStrip, 1}, grad_mean_at_, some, queries_, head_dim_, 1.f, nullptr,
-                  {grad_value[start], grad_value.stride});
-      add_product({grad_logits_.data(), kStrip, 1}, query_at_, some, queries_, head_dim_, scale, nullptr,
-                  {grad_key[start], grad_key.stride});
+      if (grad_value.data) {
+        add_product({weights_.data(), kStrip, 1}, grad_mean_at_, some, queries_, head_dim_, 1.f, nullptr,
+                    from(grad_value, start));
+      }
+      if (grad_key.data) {
+        add_product({grad_logits_.data(), kStrip, 1}, query_at_, some, queries_, head_dim_, scale, nullptr,
+                    from(grad_key, start));
+      }
       add_product({grad_logits_.data(), 1, kStrip}, k, queries_, some, head_dim_, scale, nullptr,
                   {grad_query_.data(), head_dim_});
     }
   }
 
   void finish(Rows grad_query) {
+    if (!grad_query.data) return;
     for (int64_t i = 0; i < queries_; ++i) std::copy_n(grad_query_.data() + i * head_dim_, head_dim_, grad_query[i]);
   }
 
@@ -341,13 +353,13 @@ Rows rows_of(const Tensor& x, int64_t b, int64_t h, int64_t n) {
   return {static_cast<float*>(x.data_ptr()) + b * x.stride(0) + h * x.stride(1) + n * x.stride(2), x.stride(3)};
 }
 
+Rows rows_of(const std::optional<Tensor>& x, int64_t b, int64_t h, int64_t n) {
+  return x ? rows_of(*x, b, h, n) : Rows{nullptr, 0};
+}
+
 // A number for each key, (B, H, n, 1, keys), if any.
 Rows numbers_of(const std::optional<Tensor>& x, int64_t b, int64_t h, int64_t n) {
   return x ? Rows{rows_of(*x, b, h, n).data, x->stride(4)} : Rows{nullptr, 0};
-}
-
-Rows from(Rows rows, int64_t first) {
-  return {rows[first], rows.stride};
 }
 
 int64_t strips_of(int64_t rows) {
@@ -389,18 +401,22 @@ std::tuple<Tensor, Tensor> softmax_mean(const Tensor& query, const Tensor& key, 
   return {mean, log_sum};
 }
 
-// The gradients of softmax_mean, shapes as there. That of queries is written; those of keys, values and biases, which
-// may overlap from block to block, are added to what is there.
+// The gradients of softmax_mean, shapes as there, as far as they are wanted. That of queries is written; those of keys,
+// values and biases, which may overlap from block to block, are added to what is there. So all blocks of a head are one
+// thread's.
 void add_softmax_gradients(const Tensor& grad_mean, const Tensor& grad_log_sum, const Tensor& query, const Tensor& key,
                            const Tensor& value, const std::optional<Tensor>& bias, double scale, const Tensor& mean,
-                           const Tensor& log_sum, Tensor& grad_query, Tensor& grad_key, Tensor& grad_value,
+                           const Tensor& log_sum, const std::optional<Tensor>& grad_query,
+                           const std::optional<Tensor>& grad_key, const std::optional<Tensor>& grad_value,
                            const std::optional<Tensor>& grad_bias) {
   const int64_t texts = query.size(0), heads = query.size(1), blocks = query.size(2), queries = query.size(3),
                 keys = key.size(3), head_dim = query.size(4);
-  for (const Tensor& rows : {query, mean, grad_mean, grad_query}) {
-    check_rows(rows, {texts, heads, blocks, queries, head_dim});
+  for (const auto& rows : {std::optional(query), std::optional(mean), std::optional(grad_mean), grad_query}) {
+    if (rows) check_rows(*rows, {texts, heads, blocks, queries, head_dim});
   }
-  for (const Tensor& rows : {key, value, grad_key, grad_value}) check_rows(rows, {texts, heads, blocks, keys, head_dim});
+  for (const auto& rows : {std::optional(key), std::optional(value), grad_key, grad_value}) {
+    if (rows) check_rows(*rows, {texts, heads, blocks, keys, head_dim});
+  }
   for (const Tensor& x : {log_sum, grad_log_sum}) check(x, {texts, heads, blocks, queries, 1});
   if (bias) check(*bias, {texts, heads, blocks, 1, keys});
   if (grad_bias) check(*grad_bias, {texts, heads, blocks, 1, keys});
@@ -425,6 +441,7 @@ void add_softmax_gradients(const Tensor& grad_mean, const Tensor& grad_log_sum, 
 
 // See st_linear.kernels.cpu.merge_states.
 std::tuple<Tensor, Tensor> merge_states(at::TensorList values, at::TensorList log_weights, const Tensor& chosen) {
+  TORCH_CHECK(!values.empty() && log_weights.size() == values.size(), "as many log weights as values, one at least");
   const Tensor& like = values[0];
   const int64_t texts = like.size(0), heads = like.size(1), features = like.size(3), head_dim = like.size(4),
                 merged = chosen.size(0), states = chosen.size(1), strips = strips_of(merged);
@@ -435,7 +452,7 @@ std::tuple<Tensor, Tensor> merge_states(at::TensorList values, at::TensorList lo
     check(log_weights[part], {texts, heads, some, 1, features});
     count += some;
   }
-  TORCH_CHECK(count == states && log_weights.size() == values.size(), "as many states as `chosen` has columns");
+  TORCH_CHECK(count == states, count, " states, but `chosen` has ", states, " columns");
   // Features before heads in memory.
   const Tensor value = at::empty({texts, merged, features, heads, head_dim}, like.options()).permute({0, 3, 1, 2, 4});
   const Tensor log_weight = at::empty({texts, heads, merged, 1, features}, like.options());
@@ -474,12 +491,16 @@ std::tuple<Tensor, Tensor> merge_states(at::TensorList values, at::TensorList lo
 TORCH_LIBRARY(st_linear_cpu, library) {
   library.def(
       "softmax_mean(Tensor query, Tensor key, Tensor value, Tensor? bias, float scale, Tensor? other_mean, "
-      "Tensor? other_log_sum) -> (Tensor, Tensor)",
-      &softmax_mean);
+      "Tensor? other_log_sum) -> (Tensor, Tensor)");
   library.def(
       "add_softmax_gradients(Tensor grad_mean, Tensor grad_log_sum, Tensor query, Tensor key, Tensor value, "
-      "Tensor? bias, float scale, Tensor mean, Tensor log_sum, Tensor(a!) grad_query, Tensor(b!) grad_key, "
-      "Tensor(c!) grad_value, Tensor(d!)? grad_bias) -> ()",
-      &add_softmax_gradients);
-  library.def("merge_states(Tensor[] values, Tensor[] log_weights, Tensor chosen) -> (Tensor, Tensor)", &merge_states);
+      "Tensor? bias, float scale, Tensor mean, Tensor log_sum, Tensor(a!)? grad_query, Tensor(b!)? grad_key, "
+      "Tensor(c!)? grad_value, Tensor(d!)? grad_bias) -> ()");
+  library.def("merge_states(Tensor[] values, Tensor[] log_weights, Tensor chosen) -> (Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(st_linear_cpu, CPU, library) {
+  library.impl("softmax_mean", &softmax_mean);
+  library.impl("add_softmax_gradients", &add_softmax_gradients);
+  library.impl("merge_states", &merge_states);
 }

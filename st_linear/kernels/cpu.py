@@ -13,8 +13,10 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -28,13 +30,26 @@ _FLAGS = {
     "AVX2": ["-DCPU_CAPABILITY_AVX2", "-mavx2", "-mfma", "-mf16c"],
 }
 
+_is_left_out = False
+
 
 def takes(*inputs: Tensor, dtype: torch.dtype | None = None) -> bool:
     """Whether the kernel is there for tensors of rows (…, D), in ``dtype`` if it is to be another than theirs."""
     fits = all(
         x.device.type == "cpu" and (dtype or x.dtype) == torch.float32 and x.shape[-1] % 16 == 0 for x in inputs
     )
-    return fits and is_built()
+    return fits and not _is_left_out and is_built()
+
+
+@contextmanager
+def left_out() -> Iterator[None]:
+    """Inside, PyTorch's own kernels do the work of this one: for comparisons."""
+    global _is_left_out
+    before, _is_left_out = _is_left_out, True
+    try:
+        yield
+    finally:
+        _is_left_out = before
 
 
 def softmax_mean(
@@ -46,15 +61,11 @@ def softmax_mean(
     other: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`st_linear.softmax.fused_softmax_mean`, without gradients; a bias is one of keys, (…, 1, N)."""
-    if query.ndim == 4:
-        query, key, value = query.unsqueeze(2), key.unsqueeze(2), value.unsqueeze(2)
-        bias = None if bias is None else bias.unsqueeze(-3)
-        other = None if other is None else (other[0].unsqueeze(2), other[1].unsqueeze(2))
-        mean, log_sum = softmax_mean(query, key, value, bias, scale, other)
-        return mean.squeeze(2), log_sum.squeeze(2)
-    if bias is not None:
-        bias = bias.expand(*query.shape[:3], 1, key.shape[3])
-    return torch.ops.st_linear_cpu.softmax_mean(query, key, value, bias, scale, *(other or (None, None)))
+    alone = query.ndim == 4
+    query, key, value, *others = (_in_rows(x, alone) for x in (query, key, value, *(other or ())))
+    bias = _biases(bias, query, key, alone)
+    mean, log_sum = torch.ops.st_linear_cpu.softmax_mean(query, key, value, bias, scale, *(others or (None, None)))
+    return (mean.squeeze(2), log_sum.squeeze(2)) if alone else (mean, log_sum)
 
 
 def add_softmax_gradients(
@@ -65,21 +76,36 @@ def add_softmax_gradients(
     value: Tensor,
     bias: Tensor | None,
     scale: float,
-    into: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    into: Sequence[Tensor | None],
 ) -> None:
     """The gradients of query, key, value and bias, from those of what :func:`softmax_mean` returned, its ``outputs``.
 
-    ``into``, as query, key and value, and (B, H, n, 1, N) or None for the bias, is what they are written to. Those of
-    keys, values and biases are added to what is there, and may be overlapping views where blocks overlap.
+    ``into`` has a tensor for each that is wanted, in its shape; the bias's is (B, H, 1, N) or (B, H, n, 1, N). In them
+    numbers of a row lie side by side. The query's is written; the others are added to what is there, and may be
+    overlapping views where blocks overlap.
     """
-    if query.ndim == 4:
-        gradients, outputs = ((mean.unsqueeze(2), log_sum.unsqueeze(2)) for mean, log_sum in (gradients, outputs))
-        query, key, value, grad_query, grad_key, grad_value = (x.unsqueeze(2) for x in (query, key, value, *into[:3]))
-        grad_bias = None if into[3] is None else into[3].unsqueeze(2)
-        into, bias = (grad_query, grad_key, grad_value, grad_bias), None if bias is None else bias.unsqueeze(-3)
-    if bias is not None:
-        bias = bias.expand(*query.shape[:3], 1, key.shape[3])
-    torch.ops.st_linear_cpu.add_softmax_gradients(*gradients, query, key, value, bias, scale, *outputs, *into)
+    alone = query.ndim == 4
+    (grad_mean, grad_log_sum), (mean, log_sum) = gradients, outputs
+    rows = (_in_rows(x, alone) for x in (grad_mean, grad_log_sum, query, key, value, mean, log_sum))
+    grad_mean, grad_log_sum, query, key, value, mean, log_sum = rows
+    into = [x.unsqueeze(2) if alone and x is not None else x for x in into]
+    bias = _biases(bias, query, key, alone)
+    torch.ops.st_linear_cpu.add_softmax_gradients(
+        grad_mean, grad_log_sum, query, key, value, bias, scale, mean, log_sum, *into
+    )
+
+
+def _in_rows(x: Tensor, alone: bool) -> Tensor:
+    """x, (B, H, n, …), or (B, H, …) as one block, with the last dimension side by side in memory."""
+    x = x.unsqueeze(2) if alone else x
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _biases(bias: Tensor | None, query: Tensor, key: Tensor, alone: bool) -> Tensor | None:
+    """(B, H, n, 1, N)."""
+    if bias is None:
+        return None
+    return (bias.unsqueeze(-3) if alone else bias).expand(*query.shape[:3], 1, key.shape[3])
 
 
 def merge_states(states: Sequence[tuple[Tensor, Tensor]], chosen: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,7 +123,7 @@ def is_built() -> bool:
     """Whether the kernel has been compiled for this machine and this version of PyTorch; it is loaded then."""
     library = library_path()
     # Not Path's: that raises where the folder may not be read.
-    if not os.path.isfile(library):
+    if not library.is_absolute() or not os.path.isfile(library):
         return False
     try:
         torch.ops.load_library(library)
@@ -114,7 +140,7 @@ def build() -> Path:
         The library, :func:`library_path`.
 
     Raises:
-        FileNotFoundError: If there is no compiler.
+        FileNotFoundError: If there is no compiler, or no home folder.
         RuntimeError: If it fails, or this is not Linux.
     """
     library = library_path()
@@ -122,7 +148,9 @@ def build() -> Path:
         return library
     if sys.platform != "linux":
         raise RuntimeError("the CPU kernel is for Linux; elsewhere PyTorch's own kernels do its work")
-    compiler = shlex.split(os.environ.get("CXX") or "c++")
+    if not library.is_absolute():
+        raise FileNotFoundError("there is no home folder to keep the CPU kernel in: set XDG_CACHE_HOME")
+    compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
     if shutil.which(compiler[0]) is None:
         raise FileNotFoundError(f"the CPU kernel needs a C++ compiler, and there is no {compiler[0]!r}: install g++")
     from torch.utils import cpp_extension
@@ -130,19 +158,17 @@ def build() -> Path:
     folders = [f"-I{path}" for path in cpp_extension.include_paths()]
     libraries = [*(f"-L{path}" for path in cpp_extension.library_paths()), "-lc10", "-ltorch_cpu"]
     library.parent.mkdir(parents=True, exist_ok=True)
-    temporary = library.with_name(f"{library.name}.{os.getpid()}")
-    try:
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        temporary = Path(folder) / library.name
         line = [*compiler, *_flags(), *folders, str(_SOURCE), "-o", str(temporary), *libraries]
         done = subprocess.run(line, capture_output=True, text=True)
         if done.returncode:
             errors = [text for text in done.stderr.splitlines() if "error" in text] or [f"exit code {done.returncode}"]
             raise RuntimeError(f"{compiler[0]} could not compile the CPU kernel: {errors[0]}")
         os.replace(temporary, library)
-    finally:
-        temporary.unlink(missing_ok=True)
     is_built.cache_clear()
     if not is_built():
-        library.unlink()
+        library.unlink(missing_ok=True)
         raise RuntimeError(f"what {compiler[0]} compiled can't be loaded: set CXX to another compiler, g++ say")
     return library
 
@@ -152,7 +178,7 @@ def library_path() -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     parts = (_SOURCE.read_text(encoding="utf-8"), torch.__version__, platform.machine(), *_flags())
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-    return cache / "st_linear" / "kernels" / f"cpu-{_capability().lower()}-{key}.so"
+    return cache / "st_linear" / "kernels" / f"cpu-{_capability().lower().replace(' ', '-')}-{key}.so"
 
 
 def _flags() -> list[str]:
