@@ -245,7 +245,8 @@ class Strip {
       }
       fmadd(Vec::loadu(sum_ + j), kept, sum).store(sum_ + j);
     }
-    add_product({logits_.data(), 1, kStrip}, value, queries_, keys, head_dim_, 1.f, carry, {output_.data(), head_dim_});
+    add_product({logits_.data(), 1, kStrip}, value, queries_, keys, head_dim_, 1.f, carry,
+                {output_.data(), head_dim_});
   }
 
   int64_t head_dim_, queries_ = 0;
@@ -253,8 +254,8 @@ class Strip {
   float largest_[kStrip], before_[kStrip], sum_[kStrip];
 };
 
-// The gradients of a softmax over some keys by a strip of queries. With weights p, the gradient g of a mean and h of the
-// logarithm of the sum, those of logits are p * (g.v - g.mean + h).
+// The gradients of a softmax over some keys by a strip of queries. With weights p, the gradient g of a mean and h of
+// the logarithm of the sum, those of logits are p * (g.v - g.mean + h).
 class GradientStrip {
  public:
   explicit GradientStrip(int64_t head_dim)
@@ -289,7 +290,8 @@ class GradientStrip {
   }
 
   // Adds to the gradients of keys, values and biases, but to those that are none.
-  void add(Rows key, Rows value, Rows bias, int64_t keys, float scale, Rows grad_key, Rows grad_value, Rows grad_bias) {
+  void add(Rows key, Rows value, Rows bias, int64_t keys, float scale, Rows grad_key, Rows grad_value,
+           Rows grad_bias) {
     for (int64_t start = 0; start < keys; start += kTile) {
       const int64_t some = std::min(kTile, keys - start);
       const Rows k = packed(from(key, start), some, head_dim_, key_.data());
@@ -330,8 +332,8 @@ class GradientStrip {
 
  private:
   int64_t head_dim_, queries_ = 0;
-  std::vector<float> query_, grad_mean_, query_rows_, grad_mean_rows_, grad_query_, weights_, grad_logits_, key_, value_,
-      bias_, no_bias_;
+  std::vector<float> query_, grad_mean_, query_rows_, grad_mean_rows_, grad_query_, weights_, grad_logits_, key_,
+      value_, bias_, no_bias_;
   Rows query_at_{}, grad_mean_at_{};
   float by_query_[kStrip] = {}, log_sum_[kStrip] = {};
 };
@@ -401,9 +403,9 @@ std::tuple<Tensor, Tensor> softmax_mean(const Tensor& query, const Tensor& key, 
   return {mean, log_sum};
 }
 
-// The gradients of softmax_mean, shapes as there, as far as they are wanted. That of queries is written; those of keys,
-// values and biases, which may overlap from block to block, are added to what is there. So all blocks of a head are one
-// thread's.
+// The gradients of softmax_mean, shapes as there, as far as they are wanted. That of queries is written; those of
+// keys, values and biases, which may overlap from block to block, are added to what is there. So all blocks of a head
+// are one thread's.
 void add_softmax_gradients(const Tensor& grad_mean, const Tensor& grad_log_sum, const Tensor& query, const Tensor& key,
                            const Tensor& value, const std::optional<Tensor>& bias, double scale, const Tensor& mean,
                            const Tensor& log_sum, const std::optional<Tensor>& grad_query,
