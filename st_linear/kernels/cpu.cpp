@@ -272,8 +272,10 @@ class GradientStrip {
         bias_(kTile),
         no_bias_(kTile, 0.f) {}
 
-  void start(Rows query, Rows mean, Rows log_sum, Rows grad_mean, Rows grad_log_sum, int64_t queries) {
+  void start(Rows query, Rows mean, Rows log_sum, Rows grad_mean, Rows grad_log_sum, Rows grad_query,
+             int64_t queries) {
     queries_ = queries;
+    grad_query_at_ = grad_query;
     transpose(query, queries, head_dim_, query_.data());
     transpose(grad_mean, queries, head_dim_, grad_mean_.data());
     query_at_ = packed(query, queries, head_dim_, query_rows_.data());
@@ -308,7 +310,7 @@ class GradientStrip {
           const Vec gradient = weight * (Vec::loadu(gradients) - Vec::loadu(by_query_ + j));
           gradient.store(gradients);
           // Columns beyond the last query hold anything.
-          sum = sum + Vec::set(Vec(0.f), gradient, std::min(kWidth, queries_ - j));
+          if (grad_bias.data) sum = sum + Vec::set(Vec(0.f), gradient, std::min(kWidth, queries_ - j));
         }
         if (grad_bias.data) *grad_bias[start + i] += total(sum);
       }
@@ -320,21 +322,25 @@ class GradientStrip {
         add_product({grad_logits_.data(), kStrip, 1}, query_at_, some, queries_, head_dim_, scale, nullptr,
                     from(grad_key, start));
       }
-      add_product({grad_logits_.data(), 1, kStrip}, k, queries_, some, head_dim_, scale, nullptr,
-                  {grad_query_.data(), head_dim_});
+      if (grad_query_at_.data) {
+        add_product({grad_logits_.data(), 1, kStrip}, k, queries_, some, head_dim_, scale, nullptr,
+                    {grad_query_.data(), head_dim_});
+      }
     }
   }
 
-  void finish(Rows grad_query) {
-    if (!grad_query.data) return;
-    for (int64_t i = 0; i < queries_; ++i) std::copy_n(grad_query_.data() + i * head_dim_, head_dim_, grad_query[i]);
+  void finish() {
+    if (!grad_query_at_.data) return;
+    for (int64_t i = 0; i < queries_; ++i) {
+      std::copy_n(grad_query_.data() + i * head_dim_, head_dim_, grad_query_at_[i]);
+    }
   }
 
  private:
   int64_t head_dim_, queries_ = 0;
   std::vector<float> query_, grad_mean_, query_rows_, grad_mean_rows_, grad_query_, weights_, grad_logits_, key_,
       value_, bias_, no_bias_;
-  Rows query_at_{}, grad_mean_at_{};
+  Rows query_at_{}, grad_mean_at_{}, grad_query_at_{};
   float by_query_[kStrip] = {}, log_sum_[kStrip] = {};
 };
 
@@ -430,11 +436,12 @@ void add_softmax_gradients(const Tensor& grad_mean, const Tensor& grad_log_sum, 
         for (int64_t first = 0; first < queries; first += kStrip) {
           strip.start(from(rows_of(query, b, h, n), first), from(rows_of(mean, b, h, n), first),
                       from(rows_of(log_sum, b, h, n), first), from(rows_of(grad_mean, b, h, n), first),
-                      from(rows_of(grad_log_sum, b, h, n), first), std::min(kStrip, queries - first));
+                      from(rows_of(grad_log_sum, b, h, n), first), from(rows_of(grad_query, b, h, n), first),
+                      std::min(kStrip, queries - first));
           strip.add(rows_of(key, b, h, n), rows_of(value, b, h, n), numbers_of(bias, b, h, n), keys,
                     static_cast<float>(scale), rows_of(grad_key, b, h, n), rows_of(grad_value, b, h, n),
                     numbers_of(grad_bias, b, h, n));
-          strip.finish(from(rows_of(grad_query, b, h, n), first));
+          strip.finish();
         }
       }
     }
