@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-CHUNK_TOKENS = 1024
+CHUNK_TOKENS = 2048
 """Tokens at a time, at most."""
 
 _METHODS = ("feed_forward_chunk", "ff_chunk")

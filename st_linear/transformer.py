@@ -40,6 +40,7 @@ from st_linear.conversion import (
     linearise,
     split_state_dict,
 )
+from st_linear.memory import reused_memory
 from st_linear.model_card import LinearModelCardData
 from st_linear.positions import (
     PositionExtension,
@@ -330,7 +331,8 @@ class LinearTransformer(Transformer):
             positions = rescaled_positions(mask, trained_positions(self.model))
             if positions is not None:
                 features["position_ids"] = positions[mask.bool()][None] if packed else positions
-        features = super().forward(features, **kwargs)
+        with reused_memory(self.model, features["input_ids"].numel()):
+            features = super().forward(features, **kwargs)
         return self._unpack(features) if packed else features
 
     def squeezes_positions(self) -> bool:
@@ -343,10 +345,11 @@ class LinearTransformer(Transformer):
     def _unpack(self, features: dict[str, Any]) -> dict[str, Any]:
         """Put a packed output back into padded rows, which every later module and ``output_value`` understands."""
         mask = _packed_mask(features)
-        tokens = features[self.module_output_name][0]
-        padded = tokens.new_zeros(*mask.shape, tokens.shape[-1])
-        padded[mask] = tokens
-        features[self.module_output_name] = padded
+        if len(mask) > 1:
+            tokens = features[self.module_output_name][0]
+            padded = tokens.new_zeros(*mask.shape, tokens.shape[-1])
+            padded[mask] = tokens
+            features[self.module_output_name] = padded
         features["attention_mask"] = mask.long()
         for key in (*_PACKING_KEYS, "position_ids"):
             features.pop(key, None)

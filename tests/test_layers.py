@@ -22,6 +22,7 @@ LAYERS = [
     "attention",
     "traceable",
     "feed_forward",
+    "memory",
     "conversion",
     "quiet",
     "records",

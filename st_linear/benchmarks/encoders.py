@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import batch_to_device
 from torch import Tensor
 
+from st_linear import memory
 from st_linear.adapters import NO_ADAPTER
 from st_linear.benchmarks.contenders import MapSpec, performer_attention
 from st_linear.benchmarks.settings import Settings
@@ -41,8 +42,8 @@ PADDED = " padded"
 ENCODER_PEERS = ("softmax", "no-attention", "no-attention-whole", "performer")
 """Contenders of the encoder levels that are not st_linear's; ``performer`` takes ``[:features]``.
 
-``softmax`` is transformers' own encoder. The others' feed-forward modules run in chunks, as st_linear's do, but not
-those of ``no-attention-whole``; in inference on the CPU, that is: elsewhere all are whole.
+``softmax`` is transformers' own encoder, and so is ``no-attention-whole`` but for its attention. The others have what
+st_linear's own have for inference on the CPU: feed-forward modules in chunks, large tensors in memory used before.
 
 At the level ``encoder``, ``softmax`` and st_linear's own also run as exported graphs: ``FORMAT:MODEL``, with one of
 :data:`~st_linear.runtimes.FILES`, e.g. ``onnx:softmax``.
@@ -83,10 +84,12 @@ class Encoder:
     Attributes:
         model: The whole model.
         observer: Stands in for the attention of every layer, or None.
+        as_in_transformers: Whether all that is not attention runs as transformers has it: whole, in memory of its own.
     """
 
     model: SentenceTransformer
     observer: Callable[[AttentionCall], Tensor] | None = None
+    as_in_transformers: bool = False
 
     @property
     def transformer(self) -> Any:
@@ -122,8 +125,13 @@ class Encoder:
         # At the end, so that gradients count as memory of the step, and not as held before it.
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _observed(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.observer is None else observe_attention(self.observer)
+    @contextmanager
+    def _observed(self) -> Iterator[None]:
+        with (
+            nullcontext() if self.observer is None else observe_attention(self.observer),
+            memory.left_out() if self.as_in_transformers else nullcontext(),
+        ):
+            yield
 
 
 @dataclass
@@ -193,6 +201,7 @@ class Encoders:
             else:
                 encoder.observer = _performer(rest, self.settings)
             if head in ("softmax", "no-attention-whole"):
+                encoder.as_in_transformers = True
                 unchunk_feed_forward(encoder.transformer.model)
         else:
             encoder = Encoder(self._convert_to(bare))

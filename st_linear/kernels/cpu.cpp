@@ -375,21 +375,18 @@ int64_t strips_of(int64_t rows) {
 }
 
 // See st_linear.softmax.fused_softmax_mean; (B, H, n, M, D) and (B, H, n, N, D), with a bias (B, H, n, 1, N), and
-// another softmax's mean and logarithm, (B, H, n, M, D) and (B, H, n, M, 1).
-std::tuple<Tensor, Tensor> softmax_mean(const Tensor& query, const Tensor& key, const Tensor& value,
-                                        const std::optional<Tensor>& bias, double scale,
-                                        const std::optional<Tensor>& other_mean,
-                                        const std::optional<Tensor>& other_log_sum) {
+// another softmax's mean and logarithm, (B, H, n, M, D) and (B, H, n, M, 1). Writes the mean, and returns its logarithm.
+Tensor softmax_mean(const Tensor& mean, const Tensor& query, const Tensor& key, const Tensor& value,
+                    const std::optional<Tensor>& bias, double scale, const std::optional<Tensor>& other_mean,
+                    const std::optional<Tensor>& other_log_sum) {
   const int64_t texts = query.size(0), heads = query.size(1), blocks = query.size(2), queries = query.size(3),
                 keys = key.size(3), head_dim = query.size(4), strips = strips_of(queries);
-  check_rows(query, {texts, heads, blocks, queries, head_dim});
+  for (const Tensor& rows : {mean, query}) check_rows(rows, {texts, heads, blocks, queries, head_dim});
   for (const Tensor& rows : {key, value}) check_rows(rows, {texts, heads, blocks, keys, head_dim});
   if (bias) check(*bias, {texts, heads, blocks, 1, keys});
   TORCH_CHECK(other_mean.has_value() == other_log_sum.has_value(), "a mean goes with the logarithm of its sum");
   if (other_mean) check_rows(*other_mean, query.sizes());
   if (other_log_sum) check(*other_log_sum, {texts, heads, blocks, queries, 1});
-  // Tokens before heads in memory.
-  const Tensor mean = at::empty({texts, blocks, queries, heads, head_dim}, query.options()).permute({0, 3, 1, 2, 4});
   const Tensor log_sum = at::empty({texts, heads, blocks, queries, 1}, query.options());
   at::parallel_for(0, texts * blocks * strips * heads, 1, [&](int64_t begin, int64_t end) {
     Strip strip(head_dim);
@@ -406,7 +403,7 @@ std::tuple<Tensor, Tensor> softmax_mean(const Tensor& query, const Tensor& key, 
       strip.finish(from(rows_of(mean, b, h, n), first), from(rows_of(log_sum, b, h, n), first));
     }
   });
-  return {mean, log_sum};
+  return log_sum;
 }
 
 // The gradients of softmax_mean, shapes as there, as far as they are wanted. That of queries is written; those of
@@ -499,8 +496,8 @@ std::tuple<Tensor, Tensor> merge_states(at::TensorList values, at::TensorList lo
 
 TORCH_LIBRARY(st_linear_cpu, library) {
   library.def(
-      "softmax_mean(Tensor query, Tensor key, Tensor value, Tensor? bias, float scale, Tensor? other_mean, "
-      "Tensor? other_log_sum) -> (Tensor, Tensor)");
+      "softmax_mean(Tensor(a!) mean, Tensor query, Tensor key, Tensor value, Tensor? bias, float scale, "
+      "Tensor? other_mean, Tensor? other_log_sum) -> Tensor");
   library.def(
       "add_softmax_gradients(Tensor grad_mean, Tensor grad_log_sum, Tensor query, Tensor key, Tensor value, "
       "Tensor? bias, float scale, Tensor mean, Tensor log_sum, Tensor(a!)? grad_query, Tensor(b!)? grad_key, "

@@ -64,7 +64,10 @@ def softmax_mean(
     alone = query.ndim == 4
     query, key, value, *others = (_in_rows(x, alone) for x in (query, key, value, *(other or ())))
     bias = _biases(bias, query, key, alone)
-    mean, log_sum = torch.ops.st_linear_cpu.softmax_mean(query, key, value, bias, scale, *(others or (None, None)))
+    texts, heads, blocks, queries, head_dim = query.shape
+    # Tokens before heads in memory.
+    mean = query.new_empty(texts, blocks, queries, heads, head_dim).permute(0, 3, 1, 2, 4)
+    log_sum = torch.ops.st_linear_cpu.softmax_mean(mean, query, key, value, bias, scale, *(others or (None, None)))
     return (mean.squeeze(2), log_sum.squeeze(2)) if alone else (mean, log_sum)
 
 
