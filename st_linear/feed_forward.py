@@ -13,6 +13,7 @@ scales each chunk by itself. :func:`unchunk_feed_forward` is there for who minds
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache
 from inspect import signature
@@ -21,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-CHUNK_TOKENS = 2048
-"""Tokens at a time, at most."""
+CHUNK_ELEMENTS = 2048 * 384
+"""Numbers of hidden states at a time, at most: 2,048 tokens of all-MiniLM, and fewer where they are wider."""
 
 _METHODS = ("feed_forward_chunk", "ff_chunk")
 """What transformers' layers call in chunks themselves, where ``chunk_size_feed_forward`` is set."""
@@ -98,13 +99,13 @@ def _in_chunks(whole: type[nn.Module], method: str) -> type[nn.Module]:
             or torch.compiler.is_compiling()
             or torch.jit.is_tracing()
             or hidden.device.type != "cpu"
-            or hidden.shape[:-1].numel() <= CHUNK_TOKENS
+            or hidden.numel() <= CHUNK_ELEMENTS
         ):
             return compute(self, *inputs)
         tokens = hidden.shape[:-1].numel()
         output: Tensor | None = None
         done = 0
-        chunks = -(-tokens // CHUNK_TOKENS)
+        chunks = min(tokens, math.ceil(hidden.numel() / CHUNK_ELEMENTS))
         for parts in zip(*(x.flatten(0, -2)[None].chunk(chunks, dim=1) for x in inputs)):
             result = compute(self, *parts)
             # Not before the first is there: under autocast it says the dtype.

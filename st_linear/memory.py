@@ -35,19 +35,20 @@ MIN_TOKENS = 1024
 _LEFT_OUT: ContextVar[bool] = ContextVar("st_linear_memory_left_out", default=False)
 
 
-def reused_memory(model: nn.Module, tokens: int) -> AbstractContextManager[Any]:
+def reused_memory(model: nn.Module, input_ids: Tensor | None) -> AbstractContextManager[Any]:
     """Inside, for inference on the CPU, large outputs of linear layers and of ``new_empty`` lie in memory used before.
 
     It is used again once the last tensor that lies in it is gone, whoever held that, and is free when the block ends,
-    or with tensors that outlive it. The first time, glibc is shown that blocks below 32 MiB are worth keeping, too.
+    or with tensors that outlive it. Such outputs can't be resized. The first time, glibc is shown that blocks below
+    32 MiB are worth keeping, too.
 
     Args:
-        model: What is called inside; one that is compiled manages memory itself.
-        tokens: Of the batch; for few of them all is left as it is.
+        model: What is called inside; one that is compiled, or in part, manages memory itself.
+        input_ids: Its tokens; for few of them, or where they are not given, all is left as it is.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled() or _LEFT_OUT.get():
         return nullcontext()
-    if tokens < MIN_TOKENS or _LEFT_OUT.get() or _is_compiled(model):
+    if input_ids is None or input_ids.device.type != "cpu" or input_ids.numel() < MIN_TOKENS or _is_compiled(model):
         return nullcontext()
     _raise_threshold()
     return _ReusedMemory()
@@ -64,7 +65,7 @@ def left_out() -> Iterator[None]:
 
 
 def _is_compiled(model: nn.Module) -> bool:
-    return isinstance(model, OptimizedModule) or model._compiled_call_impl is not None
+    return any(isinstance(part, OptimizedModule) or part._compiled_call_impl is not None for part in model.modules())
 
 
 @functools.cache
@@ -82,14 +83,14 @@ class _ReusedMemory(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        # Not of subclasses (quantised weights, say), nor of what has options, nor where autocast chooses the dtype.
+        # Not for subclasses (quantised weights, say), nor with options, nor where autocast chooses the dtype.
         if args and type(args[0]) is Tensor and not (types or kwargs or torch.compiler.is_compiling()):
             like = args[0]
             if func is Tensor.new_empty:
                 shape = args[1] if isinstance(args[1], Sequence) else args[1:]
                 if self._is_large(like, shape):
                     return self._empty(shape, like.dtype)
-            elif func is F.linear and like.ndim > 1 and not torch.is_autocast_enabled("cpu"):
+            elif func is F.linear and like.ndim > 1 and args[1].ndim == 2 and not torch.is_autocast_enabled("cpu"):
                 shape = (*like.shape[:-1], len(args[1]))
                 if self._is_large(like, shape):
                     # In rows: of more dimensions, ``out`` is written in two steps, and half precision rounded in both.
@@ -98,9 +99,14 @@ class _ReusedMemory(TorchFunctionMode):
                     return func(rows, *args[1:], out=output).view(shape)
         return func(*args, **(kwargs or {}))
 
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        # An exception's traceback may hold on to this.
+        self._free.clear()
+
     def _is_large(self, like: Tensor, shape: Sequence[int]) -> bool:
-        large = math.prod(shape) * like.element_size() >= MIN_BYTES
-        return large and like.device.type == "cpu" and not torch.is_grad_enabled()
+        plain = like.device.type == "cpu" and like.layout is torch.strided and not torch.is_grad_enabled()
+        return plain and math.prod(shape) * like.element_size() >= MIN_BYTES
 
     def _empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         size = math.prod(shape) * dtype.itemsize

@@ -331,7 +331,7 @@ class LinearTransformer(Transformer):
             positions = rescaled_positions(mask, trained_positions(self.model))
             if positions is not None:
                 features["position_ids"] = positions[mask.bool()][None] if packed else positions
-        with reused_memory(self.model, features["input_ids"].numel()):
+        with reused_memory(self.model, {**features, **kwargs}.get("input_ids")):
             features = super().forward(features, **kwargs)
         return self._unpack(features) if packed else features
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import refused
+from conftest import SMALL, refused
 from sentence_transformers import SentenceTransformer
 from test_recipe import write_pairs
 
-from st_linear import feature_map_names, feed_forward, linear_attention, make_feature_map
+from st_linear import feature_map_names, feed_forward, linear_attention, make_feature_map, memory
 from st_linear.attention import linear_attention_reference, near_far_attention_reference, softmax_attention_reference
 from st_linear.benchmarks import LEVELS, contenders, encoders, markdown, report, run, runner, table, timing, workloads
 from st_linear.benchmarks.contenders import MapSpec, Shape, make_attention, plain_linear_attention
@@ -451,18 +451,25 @@ class TestEncoders:
             assert torch.allclose(one[:, :2], other[:, :2], atol=1e-6) is apart
             assert not torch.allclose(one[:, 2], other[:, 2], atol=1e-3)
 
-    def test_feed_forward_is_in_chunks_but_in_the_original(
+    def test_all_but_the_originals_run_in_chunks_and_in_memory_used_before(
         self, made: Encoders, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(feed_forward, "CHUNK_TOKENS", 2)
+        monkeypatch.setattr(feed_forward, "CHUNK_ELEMENTS", 2 * SMALL["hidden_size"])
+        monkeypatch.setattr(memory, "MIN_TOKENS", 1)
+        monkeypatch.setattr(memory, "MIN_BYTES", 1)
+        requests: list[Any] = []
+        empty = memory._ReusedMemory._empty
+        monkeypatch.setattr(memory._ReusedMemory, "_empty", lambda *args: requests.append(args) or empty(*args))
         whole = ("softmax", "no-attention-whole")
         for name in (*whole, "no-attention", "performer:16", "hedgehog@4"):
             seen: list[int] = []
             intermediate = made[name].transformer.model.encoder.layer[0].intermediate
             hook = intermediate.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[1]))  # noqa: B023
+            requests.clear()
             made[name].embed(ids([0, 5, 9, 11, 2]))
             hook.remove()
             assert seen == ([5] if name in whole else [2, 2, 1]), name
+            assert bool(requests) == (name not in whole), name
 
     def test_each_is_made_once(self, made: Encoders) -> None:
         assert made["elu"] is made["elu"]

@@ -24,7 +24,7 @@ CHUNK = 40
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feed_forward, "CHUNK_TOKENS", CHUNK)
+    monkeypatch.setattr(feed_forward, "CHUNK_ELEMENTS", CHUNK * SMALL["hidden_size"])
 
 
 def run(model: nn.Module, batch: int = 2, length: int = 45) -> Tensor:

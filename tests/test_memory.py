@@ -38,7 +38,21 @@ def linear() -> nn.Linear:
 
 
 def reused() -> Any:
-    return reused_memory(nn.Identity(), TOKENS)
+    return reused_memory(nn.Identity(), torch.zeros(TOKENS))
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What memory is asked for."""
+    requests: list[Any] = []
+    own = memory._ReusedMemory._empty
+
+    def noted(pool: Any, shape: Any, dtype: torch.dtype) -> Tensor:
+        requests.append((shape, dtype))
+        return own(pool, shape, dtype)
+
+    monkeypatch.setattr(memory._ReusedMemory, "_empty", noted)
+    return requests
 
 
 def address(x: Tensor) -> int:
@@ -48,15 +62,26 @@ def address(x: Tensor) -> int:
 class TestOutputs:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("bias", [True, False])
-    @pytest.mark.parametrize("shape", [(3, 16), (2, 5, 16), (16,), (0, 16), (2, 3, 1, 16)])
-    def test_linear_layers_give_the_same(self, dtype: torch.dtype, bias: bool, shape: tuple[int, ...]) -> None:
+    @pytest.mark.parametrize("shape", [(3, 16), (2, 5, 16), (2, 3, 1, 16)])
+    def test_linear_layers_give_the_same(
+        self, dtype: torch.dtype, bias: bool, shape: tuple[int, ...], asked: list[Any]
+    ) -> None:
         layer, x = nn.Linear(16, 8, bias=bias, dtype=dtype), torch.randn(shape).to(dtype)
         expected = layer(x)
         with reused():
             actual = layer(x)
+        assert len(asked) == 1
         assert actual.shape == expected.shape
         assert actual.dtype == dtype
         torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+    @pytest.mark.parametrize(("shape", "weight"), [((16,), (8, 16)), ((0, 16), (8, 16)), ((5, 16), (16,))])
+    def test_other_shapes_do_without(self, shape: tuple[int, ...], weight: tuple[int, ...], asked: list[Any]) -> None:
+        x, w = torch.randn(shape), torch.randn(weight)
+        expected = F.linear(x, w)
+        with reused():
+            torch.testing.assert_close(F.linear(x, w), expected, rtol=0, atol=0)
+        assert not asked
 
     def test_strided_inputs_do_too(self, linear: nn.Linear) -> None:
         x = torch.randn(16, 5, 3).permute(2, 1, 0)
@@ -74,27 +99,42 @@ class TestOutputs:
 
     @pytest.mark.parametrize("feature_map", ["softmax", "hedgehog", "elu"])
     @pytest.mark.parametrize("name", FAMILIES)
-    def test_every_family_gives_the_same(self, name: str, feature_map: str) -> None:
+    def test_every_family_gives_the_same(self, name: str, feature_map: str, asked: list[Any]) -> None:
         model = tiny(name)
         linearise(model, feature_map=feature_map, window=0)
         ids = torch.arange(90).view(2, 45) % 40 + 5
         expected = model(input_ids=ids, output_hidden_states=True).hidden_states
         for _ in range(2):
-            with reused_memory(model, 90) as pool:
+            with reused_memory(model, ids):
                 actual = model(input_ids=ids, output_hidden_states=True).hidden_states
-                assert pool is not None
             # Of every layer: memory of none that is held has been written to since.
             for one, other in zip(actual, expected, strict=True):
                 torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+        assert asked
 
+    @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
     @pytest.mark.parametrize("lengths", [(60,), (40, 9, 30)])
-    def test_so_does_the_module(self, bert: str, text: Callable[..., str], lengths: tuple[int, ...]) -> None:
+    def test_so_does_the_module(
+        self, bert: str, text: Callable[..., str], lengths: tuple[int, ...], mode: Callable[[], Any], asked: list[Any]
+    ) -> None:
         encoder = LinearTransformer(bert, window=8, feature_map="hedgehog").eval()
-        texts = [text(length) for length in lengths]
-        with memory.left_out():
-            expected = encoder(encoder.preprocess(texts))["token_embeddings"]
-        actual = encoder(encoder.preprocess(texts))["token_embeddings"]
-        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+        features = encoder.preprocess([text(length) for length in lengths])
+        with mode():
+            with memory.left_out():
+                expected = encoder(features)["token_embeddings"]
+            assert not asked
+            torch.testing.assert_close(encoder(features)["token_embeddings"], expected, rtol=1e-5, atol=1e-5)
+        assert asked
+
+    def test_the_module_takes_embeddings_in_place_of_tokens(self, bert: str) -> None:
+        encoder = LinearTransformer(bert, window=8, feature_map="hedgehog").eval()
+        ids = torch.arange(60)[None] % 40 + 5
+        features = {
+            "attention_mask": torch.ones_like(ids),
+            "inputs_embeds": encoder.model.embeddings.word_embeddings(ids),
+        }
+        expected = encoder({"attention_mask": features["attention_mask"]}, input_ids=ids)["token_embeddings"]
+        torch.testing.assert_close(encoder(features)["token_embeddings"], expected, rtol=1e-5, atol=1e-5)
 
 
 class TestReuse:
@@ -150,7 +190,7 @@ class TestReuse:
         ids = torch.arange(90).view(2, 45) % 40 + 5
         blocks = []
         for _ in range(2):
-            with reused_memory(model, 90) as pool:
+            with reused_memory(model, ids) as pool:
                 model(input_ids=ids)
                 blocks.append(sum(map(len, pool._free.values())))
             del model.encoder.layer[-1]
@@ -158,34 +198,28 @@ class TestReuse:
 
 
 class TestLeftAlone:
-    def calls(self, linear: nn.Linear, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-        """What is asked of the memory while ``x`` goes through a linear layer and a new tensor is made like it."""
-        asked: list[Any] = []
-        own = memory._ReusedMemory._empty
-
-        def noted(pool: Any, *args: Any) -> Tensor:
-            asked.append(args)
-            return own(pool, *args)
-
-        monkeypatch.setattr(memory._ReusedMemory, "_empty", noted)
+    def run(self, linear: nn.Linear, x: Tensor) -> None:
+        """Put ``x`` through a linear layer, and make a new tensor like it."""
         with reused():
             linear(x)
             x.new_empty(3)
-        return asked
 
-    def test_both_are_asked_for(self, linear: nn.Linear, monkeypatch: pytest.MonkeyPatch) -> None:
-        assert len(self.calls(linear, torch.randn(3, 16), monkeypatch)) == 2
+    def test_both_are_asked_for(self, linear: nn.Linear, asked: list[Any]) -> None:
+        self.run(linear, torch.randn(3, 16))
+        assert asked == [((3, 8), torch.float32), ((3,), torch.float32)]
 
-    def test_with_gradients(self, linear: nn.Linear, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_with_gradients(self, linear: nn.Linear, asked: list[Any]) -> None:
         with torch.enable_grad():
-            assert not self.calls(linear, torch.randn(3, 16), monkeypatch)
+            self.run(linear, torch.randn(3, 16))
         with reused(), torch.enable_grad():
             linear(torch.randn(3, 16)).sum().backward()
         assert linear.weight.grad is not None
+        assert not asked
 
-    def test_small_tensors(self, linear: nn.Linear, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_small_tensors(self, linear: nn.Linear, asked: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(memory, "MIN_BYTES", 3 * 8 * 4 + 1)
-        assert not self.calls(linear, torch.randn(3, 16), monkeypatch)
+        self.run(linear, torch.randn(3, 16))
+        assert not asked
 
     def test_under_autocast(self, linear: nn.Linear) -> None:
         x = torch.randn(3, 16)
@@ -196,17 +230,19 @@ class TestLeftAlone:
         assert actual.dtype == torch.bfloat16
         torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
-    def test_other_devices(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        assert not self.calls(nn.Linear(16, 8, device="meta"), torch.empty(3, 16, device="meta"), monkeypatch)
+    def test_other_devices(self, asked: list[Any]) -> None:
+        self.run(nn.Linear(16, 8, device="meta"), torch.empty(3, 16, device="meta"))
+        assert not asked
 
-    def test_subclasses_of_tensors(self, linear: nn.Linear, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_subclasses_of_tensors(self, linear: nn.Linear, asked: list[Any]) -> None:
         class Own(Tensor):
             pass
 
-        x = torch.randn(3, 16).as_subclass(Own)
-        assert not self.calls(linear, x, monkeypatch)
+        x = torch.randn(3, 16)
+        self.run(linear, x.as_subclass(Own))
         with reused():
-            assert type(linear(x)) is Own
+            assert type(F.linear(x, linear.weight.as_subclass(Own))) is Own
+        assert not asked
 
     def test_options_are_heard(self) -> None:
         with reused():
@@ -215,16 +251,23 @@ class TestLeftAlone:
             assert F.linear(torch.randn(2, 16), weight=weight, bias=None).shape == (2, 4)
 
     def test_few_tokens_and_where_it_is_asked_for(self, linear: nn.Linear) -> None:
-        assert reused_memory(linear, TOKENS - 1).__enter__() is None
-        with memory.left_out():
-            assert reused_memory(linear, TOKENS).__enter__() is None
-        with reused_memory(linear, TOKENS) as pool:
+        with reused_memory(linear, torch.zeros(TOKENS - 1)) as pool:
+            assert pool is None
+        with reused_memory(linear, torch.zeros(TOKENS, device="meta")) as pool:
+            assert pool is None
+        with memory.left_out(), reused() as pool:
+            assert pool is None
+        with reused() as pool:
             assert pool is not None
 
-    def test_compiled_models(self, linear: nn.Linear) -> None:
-        assert reused_memory(torch.compile(linear, backend="eager"), TOKENS).__enter__() is None
-        linear.compile(backend="eager")
-        assert reused_memory(linear, TOKENS).__enter__() is None
+    @pytest.mark.parametrize("part", [lambda model: model, lambda model: model[0]])
+    def test_compiled_models(self, part: Callable[[nn.Module], nn.Module]) -> None:
+        model = nn.Sequential(nn.Linear(16, 8))
+        with reused_memory(torch.compile(model, backend="eager"), torch.zeros(TOKENS)) as pool:
+            assert pool is None
+        part(model).compile(backend="eager")
+        with reused_memory(model, torch.zeros(TOKENS)) as pool:
+            assert pool is None
 
     def test_graphs(self, bert: str, text: Callable[..., str]) -> None:
         encoder = LinearTransformer(bert, window=8, feature_map="hedgehog").eval()

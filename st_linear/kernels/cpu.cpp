@@ -375,7 +375,7 @@ int64_t strips_of(int64_t rows) {
 }
 
 // See st_linear.softmax.fused_softmax_mean; (B, H, n, M, D) and (B, H, n, N, D), with a bias (B, H, n, 1, N), and
-// another softmax's mean and logarithm, (B, H, n, M, D) and (B, H, n, M, 1). Writes the mean, and returns its logarithm.
+// another softmax's mean and logarithm, (B, H, n, M, D) and (B, H, n, M, 1). Writes the mean, returns the logarithm.
 Tensor softmax_mean(const Tensor& mean, const Tensor& query, const Tensor& key, const Tensor& value,
                     const std::optional<Tensor>& bias, double scale, const std::optional<Tensor>& other_mean,
                     const std::optional<Tensor>& other_log_sum) {
