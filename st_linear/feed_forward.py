@@ -56,6 +56,12 @@ def unchunk_feed_forward(model: nn.Module) -> None:
             module.__class__ = own.whole
 
 
+def infers_on_cpu(x: Tensor) -> bool:
+    """Whether what comes of x is computed on the CPU, here and now, and not for gradients."""
+    deferred = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return not deferred and not torch.is_grad_enabled() and x.device.type == "cpu"
+
+
 class _InChunks(nn.Module):
     """First base of classes that run in chunks; copies and pickles of them name the class that they stand for."""
 
@@ -92,15 +98,8 @@ def _in_chunks(whole: type[nn.Module], method: str) -> type[nn.Module]:
 
     def chunked(self: nn.Module, *inputs: Tensor) -> Tensor:
         hidden = inputs[0]
-        if (
-            # Dropout would draw otherwise than where checkpointing computes it again, with gradients.
-            self.training
-            or torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
-            or torch.jit.is_tracing()
-            or hidden.device.type != "cpu"
-            or hidden.numel() <= CHUNK_ELEMENTS
-        ):
+        # In training dropout would draw otherwise than where checkpointing computes it again, with gradients.
+        if self.training or not infers_on_cpu(hidden) or hidden.numel() <= CHUNK_ELEMENTS:
             return compute(self, *inputs)
         tokens = hidden.shape[:-1].numel()
         output: Tensor | None = None

@@ -23,6 +23,8 @@ from torch._dynamo import OptimizedModule
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from st_linear.feed_forward import infers_on_cpu
+
 ALWAYS_MAPPED = 2**25
 """Bytes of blocks from which on glibc maps each anew, whatever it has seen (``DEFAULT_MMAP_THRESHOLD_MAX``)."""
 
@@ -46,9 +48,9 @@ def reused_memory(model: nn.Module, input_ids: Tensor | None) -> AbstractContext
         model: What is called inside; one that is compiled, or in part, manages memory itself.
         input_ids: Its tokens; for few of them, or where they are not given, all is left as it is.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled() or _LEFT_OUT.get():
+    if input_ids is None or not infers_on_cpu(input_ids) or input_ids.numel() < MIN_TOKENS:
         return nullcontext()
-    if input_ids is None or input_ids.device.type != "cpu" or input_ids.numel() < MIN_TOKENS or _is_compiled(model):
+    if _LEFT_OUT.get() or _is_compiled(model):
         return nullcontext()
     _raise_threshold()
     return _ReusedMemory()
