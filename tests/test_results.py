@@ -126,15 +126,18 @@ def test_the_table_of_an_averaged_teacher_is_made_from_its_records() -> None:
     paths = {"gold": "after/record.json", "mined": "mined/record.json", "all-mined": "mined/ways/all-mined.json"}
     first = {name: read_json(RESULTS / path) for name, path in paths.items()}
     averaged = {path.stem: read_json(path) for path in (RESULTS / "mined" / "averaged").glob("*.json")}
-    assert averaged.keys() == {*first, "new-sentences"}
+    longer = ("gold-3-epochs", "all-mined-3-epochs")
+    assert averaged.keys() == {*first, "new-sentences", *longer}
     settings = {name: made["students"]["softmax"][0]["settings"] for name, made in averaged.items()}
     for name, made in first.items():
         own = made["students"]["softmax"][0]["settings"]
         assert settings[name] == own | {"lengths": settings[name]["lengths"]}
     assert settings["new-sentences"] == settings["mined"]
+    for name in longer:
+        assert settings[name] == settings[name.removesuffix("-3-epochs")] | {"epochs": 3, "half": True}
     rows = []
     for teacher, records in (("CrossEncoder", first), ("averaged", averaged)):
-        for name in ("gold", "mined", "all-mined", "new-sentences"):
+        for name in ("gold", "mined", "all-mined", "new-sentences", *longer):
             if name not in records:
                 continue
             taught, one = records[name]["teacher"]["figures"], records[name]["students"]["softmax"][0]
