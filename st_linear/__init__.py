@@ -8,7 +8,7 @@ from __future__ import annotations
 from st_linear.attention import linear_attention, near_far_attention
 from st_linear.feature_maps import FeatureMap, feature_map_names, make_feature_map, register_feature_map
 from st_linear.losses import AttentionTransferLoss, DistillationLoss
-from st_linear.mining import mine_pairs
+from st_linear.mining import mine_groups, mine_pairs
 from st_linear.models import convert, load
 from st_linear.pair_head import PairScoreEvaluator, PairScorer
 from st_linear.teachers import add_teacher_scores
@@ -29,6 +29,7 @@ __all__ = [
     "linear_attention",
     "load",
     "make_feature_map",
+    "mine_groups",
     "mine_pairs",
     "near_far_attention",
     "register_feature_map",

@@ -398,6 +398,13 @@ def distill(
             "score."
         ),
     ] = 0,
+    groups: Annotated[
+        int,
+        typer.Option(
+            help="Groups of sentences to train on too, at most, with the teacher's scores of all their pairs: the "
+            "first of groups.jsonl, beside its other scores."
+        ),
+    ] = 0,
     alpha: Annotated[float, typer.Option(help="Weight of the teacher against the gold scores, 0–1.")] = 0.5,
     head: Annotated[str, typer.Option(help="'cosine' or 'dse'.")] = "cosine",
     objective: Annotated[str, typer.Option(help="'mse' or 'cosent'.")] = "mse",
@@ -443,6 +450,7 @@ def distill(
         transfer_epochs=transfer_epochs,
         transfer_learning_rate=transfer_learning_rate,
         mined=mine,
+        groups=groups,
         half=half,
         evaluations=evaluations,
         lengths=_lengths(lengths),
@@ -466,6 +474,8 @@ def distill(
         )
         if taught.mined is not None:
             _say(f"Mined: {len(taught.mined)} pairs that the teacher has scored")
+        if taught.groups is not None:
+            _say(f"Groups: {len(taught.groups)}, all pairs of which the teacher has scored")
     elif teacher is not None or teacher_scores is not None:
         _say(f"Teacher: {teacher or teacher_scores} is not asked, as --alpha 0 leaves it out")
     records: dict[str, list[dict[str, Any]]] = {name: [] for name in wanted}

@@ -1,10 +1,11 @@
-"""Losses: distillation of a CrossEncoder into an encoder, and transfer of softmax attention into linear attention."""
+"""Losses: distillation of a teacher into an encoder, and transfer of softmax attention into linear attention."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from itertools import combinations
 from typing import Any, Literal, get_args
 
 import torch
@@ -36,7 +37,12 @@ def check_choice(argument: str, value: Any, choices: Any) -> None:
 
 
 def check_teacher(teacher: CrossEncoder) -> None:
-    """Raise a ValueError unless ``teacher`` gives one score per pair."""
+    """Raise a ValueError unless ``teacher`` is a CrossEncoder that gives one score per pair."""
+    if isinstance(teacher, SentenceTransformer):
+        raise ValueError(
+            "this teacher must be a CrossEncoder, got a SentenceTransformer: score with add_teacher_scores(dataset, "
+            "teacher) beforehand"
+        )
     if teacher.num_labels != 1:
         raise ValueError(
             f"the teacher has {teacher.num_labels} labels, distillation needs one score per pair: pass a CrossEncoder "
@@ -45,7 +51,7 @@ def check_teacher(teacher: CrossEncoder) -> None:
 
 
 class DistillationLoss(nn.Module):
-    """Pointwise distillation of a CrossEncoder into a sentence encoder.
+    """Pointwise distillation of a teacher's scores into a sentence encoder.
 
     ``(1 - alpha) · L(student, gold) + alpha · L(student, teacher)``, where the student's score of a pair is the
     cosine of its embeddings, or the output of a :class:`~st_linear.pair_head.DSEHead`.
@@ -62,10 +68,16 @@ class DistillationLoss(nn.Module):
         teacher_activation: What was, or is, applied to the teacher's logits: ``"sigmoid"`` or ``"identity"``.
             A cosine can't match logits, so ``"identity"`` needs the DSE head or ``"cosent"``.
         scale: Of the logits in ``"cosent"``.
+        dropout: Whether the student trains with dropout. ``False`` has it in evaluation mode while it reads a batch,
+            so gradient checkpointing is off too.
 
     Inputs:
         Two text columns, and labels (B,): gold scores, or with ``alpha=1`` and no ``teacher`` the teacher's; or
         labels (B, 2): gold and teacher scores. Gold scores lie in 0–1.
+
+        Or K > 2 text columns, as :func:`~st_linear.mining.mine_groups` returns them, and labels (B, K(K − 1)/2): the
+        teacher's scores of all pairs of a row's texts, the first with the second, the first with the third, and so
+        on. With ``alpha=1`` and the cosine alone.
 
     Raises:
         ValueError: If an argument or the shape or range of the labels does not fit.
@@ -95,6 +107,7 @@ class DistillationLoss(nn.Module):
         objective: Objective = "mse",
         teacher_activation: TeacherActivation = "sigmoid",
         scale: float = 20.0,
+        dropout: bool = True,
     ) -> None:
         super().__init__()
         if not 0 <= alpha <= 1:
@@ -115,6 +128,7 @@ class DistillationLoss(nn.Module):
         self.objective = objective
         self.teacher_activation = teacher_activation
         self.scale = scale
+        self.dropout = dropout
         # In a tuple the teacher and the student's own modules are no submodules, and so no parameters, of the loss.
         self._teacher = (teacher,)
         self._student = (model,)
@@ -127,8 +141,12 @@ class DistillationLoss(nn.Module):
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
         columns = list(sentence_features)
-        if len(columns) != 2:
-            raise ValueError(f"DistillationLoss takes two text columns, got {len(columns)}")
+        if len(columns) < 2:
+            raise ValueError(f"DistillationLoss takes two text columns or more, got {len(columns)}")
+        with nullcontext() if self.dropout else without_dropout(self.model):
+            return self._of_pairs(columns, labels) if len(columns) == 2 else self._of_groups(columns, labels)
+
+    def _of_pairs(self, columns: list[dict[str, Tensor]], labels: Tensor | None) -> Tensor:
         gold, taught = self._targets(columns, labels)
         u = self.model(columns[0])["sentence_embedding"]
         if self.head == "dse":
@@ -144,6 +162,22 @@ class DistillationLoss(nn.Module):
             student = logits if self.teacher_activation == "identity" else scores
             loss = loss + self.alpha * self._compare(student, taught)
         return loss
+
+    def _of_groups(self, columns: list[dict[str, Tensor]], labels: Tensor | None) -> Tensor:
+        size = len(columns)
+        if self.alpha != 1 or self.head != "cosine" or self._teacher[0] is not None:
+            raise ValueError(
+                f"{size} text columns want alpha=1, head='cosine' and scores of add_teacher_scores, no teacher=; "
+                f"got alpha={self.alpha}, head={self.head!r} and teacher={self._teacher[0] and 'a CrossEncoder'}"
+            )
+        if labels is None or labels.ndim != 2 or labels.shape[1] != size * (size - 1) // 2:
+            shape = None if labels is None else tuple(labels.shape)
+            raise ValueError(f"{size} text columns make {size * (size - 1) // 2} pairs a row, labels are {shape}")
+        self._check_scores("teacher", labels)
+        texts = torch.stack([self.model(features)["sentence_embedding"].float() for features in columns], dim=1)
+        first, second = torch.tensor(list(combinations(range(size), 2)), device=texts.device).T
+        scores = F.cosine_similarity(texts[:, first], texts[:, second], dim=-1)
+        return self._compare(scores.flatten(), labels.float().flatten())
 
     def _head_logits(self, u: Tensor, features: dict[str, Tensor]) -> Tensor:
         """The head's scores of u and the texts in ``features``."""
@@ -180,15 +214,18 @@ class DistillationLoss(nn.Module):
         # Labels without weight may hold anything, STS-B's -1 for no label, say.
         targets = gold if self.alpha < 1 else None, taught if self.alpha > 0 else None
         for name, scores in zip(("gold", "teacher"), targets):
-            if scores is None:
-                continue
-            if not bool(torch.isfinite(scores).all()):
-                raise ValueError(f"{name} scores hold NaN or inf")
-            bounded = name == "gold" or self.teacher_activation == "sigmoid"
-            if self.objective == "mse" and bounded and not bool(((scores >= 0) & (scores <= 1)).all()):
-                low, high = scores.min().item(), scores.max().item()
-                raise ValueError(f"{name} scores must lie in 0..1, got {low:g}..{high:g}: divide STS-B's by 5")
+            if scores is not None:
+                self._check_scores(name, scores)
         return targets
+
+    def _check_scores(self, name: str, scores: Tensor) -> None:
+        if not bool(torch.isfinite(scores).all()):
+            raise ValueError(f"{name} scores hold NaN or inf")
+        bounded = name == "gold" or self.teacher_activation == "sigmoid"
+        if self.objective == "mse" and bounded and not bool(((scores >= 0) & (scores <= 1)).all()):
+            low, high = scores.min().item(), scores.max().item()
+            advice = "divide STS-B's by 5" if name == "gold" else "take the sigmoid of logits, and 0 for cosines below"
+            raise ValueError(f"{name} scores must lie in 0..1, got {low:g}..{high:g}: {advice}")
 
     def _compare(self, scores: Tensor, target: Tensor) -> Tensor:
         target = target.to(scores.device)
@@ -218,6 +255,7 @@ class DistillationLoss(nn.Module):
             "head": self.head,
             "objective": self.objective,
             "teacher_activation": self.teacher_activation,
+            "dropout": self.dropout,
         }
 
     @property

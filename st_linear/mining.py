@@ -1,9 +1,9 @@
-"""Pairs without labels, for a teacher to score."""
+"""Pairs and groups of sentences without labels, for a teacher to score."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from typing import TypeVar
 
 import bm25s
@@ -77,6 +77,79 @@ def mine_pairs(
     chosen = spread(candidates, count, random.Random(seed))
     first, second = ([sentences[pair[side]] for pair in chosen] for side in (0, 1))
     return Dataset.from_dict({"sentence1": first, "sentence2": second})
+
+
+def mine_groups(
+    sentences: Sequence[str],
+    model: SentenceTransformer,
+    count: int,
+    *,
+    size: int = 8,
+    exclude: Collection[str] = (),
+    neighbours: int = 48,
+    seed: int = 0,
+    show_progress_bar: bool = True,
+) -> Dataset:
+    """
+    Draw groups of sentences that lie near one another, for a teacher to score all pairs of.
+
+    A group of eight has 28 pairs, and as many sentences to read as four pairs. So the teacher had better be an
+    encoder, which reads each sentence once; a CrossEncoder reads all pairs.
+
+    A group is a sentence, ``size - 2`` of those nearest to it by cosine, drawn with weights of one by the square root
+    of their rank, and one of all at random, so that pairs with nothing in common are among them too.
+
+    Args:
+        sentences: Any. Those that are there twice count once.
+        model: Whose cosine says what is near.
+        count: How many groups. Sentences take turns to be the first of one.
+        size: Sentences of a group, at least 3.
+        exclude: Sentences that no group may hold, such as those of dev and test.
+        neighbours: Nearest others that are drawn from, at least ``size - 2``.
+        seed: Of the draw.
+        show_progress_bar: Show progress.
+
+    Returns:
+        A dataset with the columns ``sentence1`` to ``sentence{size}``.
+
+    Raises:
+        ValueError: If ``count`` is not positive, ``size`` or ``neighbours`` too small, or there are too few sentences.
+
+    Example:
+        ::
+
+            groups = mine_groups(sentences, model, 20_000, exclude=training_sentences(dev) + training_sentences(test))
+            groups = add_teacher_scores(groups, SentenceTransformer("sentence-transformers/all-mpnet-base-v2"))
+            loss = DistillationLoss(model, alpha=1, dropout=False)
+            SentenceTransformerTrainer(model=model, train_dataset=groups, loss=loss).train()
+    """
+    if count < 1:
+        raise ValueError(f"count must be positive, got {count!r}")
+    if size < 3:
+        raise ValueError(f"size must be at least 3, got {size!r}: mine_pairs finds pairs")
+    if neighbours < size - 2:
+        raise ValueError(f"neighbours must be at least {size - 2} for groups of {size}, got {neighbours!r}")
+    forbidden = set(exclude)
+    kept = [sentence for sentence in dict.fromkeys(sentences) if sentence not in forbidden]
+    if len(kept) < neighbours + 2:
+        raise ValueError(f"neighbours={neighbours} wants {neighbours + 2} sentences or more, got {len(kept)}")
+    embeddings = model.encode(
+        kept, convert_to_tensor=True, normalize_embeddings=True, show_progress_bar=show_progress_bar
+    )
+    draw = np.random.default_rng(seed)
+    weights = np.arange(1, neighbours + 1) ** -0.5
+    order = draw.permutation(len(kept))[:count].tolist()
+    hits = semantic_search(embeddings[order], embeddings, top_k=neighbours + 1)
+    groups = []
+    for turn in range(count):
+        first = order[turn % len(order)]
+        near = [hit["corpus_id"] for hit in hits[turn % len(order)] if hit["corpus_id"] != first][:neighbours]
+        group = [first, *draw.choice(near, size - 2, replace=False, p=weights / weights.sum()).tolist()]
+        while (other := int(draw.integers(len(kept)))) in group:
+            pass
+        groups.append([*group, other])
+    columns = zip(*groups)
+    return Dataset.from_dict({f"sentence{n}": [kept[row] for row in column] for n, column in enumerate(columns, 1)})
 
 
 def _near(

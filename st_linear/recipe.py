@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import random
 import re
 import shutil
@@ -12,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,6 +32,7 @@ from st_linear.data import (
     passages,
     repeat_to_length,
     source_name,
+    text_columns,
     token_counts,
     training_sentences,
 )
@@ -55,6 +56,7 @@ from st_linear.teachers import (
     add_teacher_scores,
     is_score_folder,
     load_teacher,
+    read_groups,
     read_mined_pairs,
     read_teacher_scores,
     train_teacher,
@@ -105,17 +107,20 @@ class Teacher:
         scores: By split, one number in 0–1 per pair.
         figures: By split, its correlation with the gold scores.
         mined: Pairs without gold scores, and its scores of them; None if there are none.
+        groups: Groups of sentences, and its scores of all pairs in each; None if there are none.
     """
 
     name: str
     scores: dict[str, list[float]]
     figures: dict[str, dict[str, Any]] = field(default_factory=dict)
     mined: Dataset | None = None
+    groups: Dataset | None = None
 
     def described(self) -> dict[str, Any]:
         """What a student's record says of it."""
         mined = None if self.mined is None else {"pairs": len(self.mined), "digest": digest(self.mined.to_dict())}
-        return {"name": self.name, "scores": digest(self.scores["train"]), "mined": mined}
+        groups = None if self.groups is None else {"groups": len(self.groups), "digest": digest(self.groups.to_dict())}
+        return {"name": self.name, "scores": digest(self.scores["train"]), "mined": mined, "groups": groups}
 
 
 def prepare_teacher(
@@ -136,9 +141,10 @@ def prepare_teacher(
         output: Folder of the run; a teacher trained here lies in its ``teacher/``.
         teacher: Hub id or folder of a CrossEncoder.
         teacher_scores: Folder of cached scores, see :func:`~st_linear.teachers.read_teacher_scores`.
-        settings: Its batch size and seed train the teacher, and it says how many pairs are mined. A folder of scores
-            has them in ``mined.csv``, of which they are drawn evenly over the range of their scores; a model scores
-            what :func:`~st_linear.mining.mine_pairs` finds in the training pairs, by cosines of the base.
+        settings: Its batch size and seed train the teacher, and it says how many pairs and groups are mined. A folder
+            of scores has pairs in ``mined.csv``, of which they are drawn evenly over the range of their scores, and
+            groups in ``groups.jsonl``, of which the first are taken; a model scores pairs that
+            :func:`~st_linear.mining.mine_pairs` finds in the training pairs, by cosines of the base.
         show_progress_bar: Show one.
 
     Raises:
@@ -150,9 +156,11 @@ def prepare_teacher(
     encoder = load(base)
     _check_lengths(encoder, pairs, settings)
     splits = {"train": pairs.train, "dev": pairs.dev, "test": pairs.test}
-    mined = None
+    mined = groups = None
     if teacher is not None and teacher_scores is not None:
         raise ValueError("pass a teacher or a folder of teacher scores, not both")
+    if settings.groups and teacher_scores is None:
+        raise ValueError(f"groups={settings.groups} asks for a folder of teacher scores with groups.jsonl, got none")
     if teacher_scores is not None:
         if not is_score_folder(teacher_scores):
             raise FileNotFoundError(f"{teacher_scores} is no folder of teacher scores: train.csv, dev.csv, test.csv")
@@ -169,6 +177,10 @@ def prepare_teacher(
             _refuse_leaks(found, pairs)
             # Not of the seed: processes that make a seed each train on the same pairs.
             mined = found.select(sorted(spread(dict(enumerate(found["score"])), settings.mined, random.Random(0))))
+        if settings.groups:
+            found = read_groups(teacher_scores)
+            groups = found.select(range(min(settings.groups, len(found))))
+            _refuse_leaks(groups, pairs)
     else:
         if teacher is not None:
             name, model = teacher, load_teacher(teacher)
@@ -194,14 +206,16 @@ def prepare_teacher(
             )
             mined = ask(unlabelled)
     figures = {s: correlation(scores[s], splits[s]["score"]).as_dict() for s in ("dev", "test")}
-    return Teacher(name, {s: list(v) for s, v in scores.items()}, figures, mined)
+    return Teacher(name, {s: list(v) for s, v in scores.items()}, figures, mined, groups)
 
 
 def _refuse_leaks(mined: Dataset, pairs: Pairs) -> None:
-    leaked = pairs.unseen().intersection(training_sentences(mined))
+    columns = text_columns(mined)
+    leaked = pairs.unseen().intersection(chain.from_iterable(mined[column] for column in columns))
     if leaked:
+        kind = "pairs" if len(columns) == 2 else "groups"
         raise ValueError(
-            f"the mined pairs hold {len(leaked)} sentences of dev or test, such as {min(leaked)[:60]!r}: drop them"
+            f"the mined {kind} hold {len(leaked)} sentences of dev or test, such as {min(leaked)[:60]!r}: drop them"
         )
 
 
@@ -604,10 +618,10 @@ def _train(
 ) -> list[dict[str, Any]]:
     """Distil, and return the learning curve on dev."""
     train = pairs.train if teacher is None else _taught(pairs.train, teacher, settings)
-    steps = math.ceil(len(train) / settings.batch_size) * settings.epochs
-    every = max(1, round(steps / settings.evaluations))
+    groups = None if teacher is None else teacher.groups
     measure = partial(_evaluate_dev, model, pairs, settings, show_progress_bar=False)
-    curve = Curve(model, measure, train, settings.batch_size)
+    curve = Curve(model, measure, train, settings.batch_size, groups=groups)
+    every = max(1, round(curve.steps * settings.epochs / settings.evaluations))
     arguments = training_arguments(
         output,
         settings,
@@ -616,7 +630,7 @@ def _train(
         eval_steps=every,
         disable_tqdm=not show_progress_bar,
     )
-    distil_pairs(curve, train, arguments, settings)
+    distil_pairs(curve, train, arguments, settings, groups=groups)
     return curve.points
 
 

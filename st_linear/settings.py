@@ -129,8 +129,8 @@ class Settings:
     """What a distillation costs and how it is judged; the same for every student of a comparison.
 
     Attributes:
-        epochs: Passes over the training pairs.
-        batch_size: Pairs per step.
+        epochs: Passes over the training pairs, and over the groups.
+        batch_size: Pairs per step; groups per step are fewer, with as many sentences.
         learning_rate: Peak of a schedule with 10 % warm-up and linear decay.
         alpha: Weight of the teacher against the gold scores.
         head: The student's score: ``"cosine"`` or ``"dse"``.
@@ -142,6 +142,7 @@ class Settings:
         transfer_learning_rate: Of the encoder, in whole-student transfer; its feature maps have fifteen times as much.
         transfer_pooled: Weight of the embeddings in whole-student transfer.
         mined: Pairs without a gold score that the teacher labels besides, at most.
+        groups: Groups of sentences, all pairs of which the teacher has scored, to train on besides, at most.
         half: Train under bfloat16 autocast: faster where the device has instructions for it.
         evaluations: Points of the learning curve.
         lengths: Lengths in tokens at which the test pairs are read again; none for the DSE head.
@@ -163,6 +164,7 @@ class Settings:
     transfer_learning_rate: float = 2e-4
     transfer_pooled: float = 10
     mined: int = 0
+    groups: int = 0
     half: bool = False
     evaluations: int = 8
     lengths: tuple[int, ...] = (512, 1024, 2048)
@@ -184,6 +186,14 @@ class Settings:
             raise ValueError(f"transfer_pooled must be 0 or more, got {self.transfer_pooled!r}")
         if self.mined < 0:
             raise ValueError(f"mined must be a number of pairs, 0 or more, got {self.mined!r}")
+        if self.groups < 0:
+            raise ValueError(f"groups must be a number of groups, 0 or more, got {self.groups!r}")
+        if self.groups and (self.head == "dse" or self.teacher_activation == "identity"):
+            raise ValueError(
+                "groups have scores in 0..1, for the cosine: pass head='cosine' and teacher_activation='sigmoid'"
+            )
+        if self.groups and not self.alpha:
+            raise ValueError("groups have no scores but the teacher's, which alpha=0 leaves out")
         if self.mined and not self.alpha:
             raise ValueError("mined pairs have no scores but the teacher's, which alpha=0 leaves out")
         for name in _POSITIVE_SETTINGS:

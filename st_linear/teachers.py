@@ -1,26 +1,32 @@
-"""CrossEncoder teachers: their scores as a second value in the label column, cached; and one trained here."""
+"""Teachers: their scores as a second value in the label column, cached; and a CrossEncoder trained here."""
 
 from __future__ import annotations
 
 import csv
 import hashlib
+import json
 import os
+from collections.abc import Iterator
+from itertools import chain, combinations
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from datasets import Dataset, Value
-from sentence_transformers import CrossEncoder
+from sentence_transformers import CrossEncoder, SentenceTransformer
+from sentence_transformers.base.modules import Module
 from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncoderTrainingArguments
 from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
 from transformers import set_seed
 
 from st_linear.checkpoints import hub_kwargs_of, hub_out_of_reach
+from st_linear.data import text_columns
 from st_linear.losses import TEACHER_ACTIVATIONS, TeacherActivation, check_choice, check_teacher
 from st_linear.records import read_json, write_json
 from st_linear.untrusted import guarded, refuse_bad_weights
 
 _SCORE_COLUMNS = {"sigmoid": "score", "identity": "logit"}
+_PAIRS_AT_A_TIME = 2**14
 
 
 def load_teacher(teacher: str | os.PathLike[str] | CrossEncoder, **kwargs: Any) -> CrossEncoder:
@@ -52,7 +58,7 @@ def load_teacher(teacher: str | os.PathLike[str] | CrossEncoder, **kwargs: Any) 
 
 def add_teacher_scores(
     dataset: Dataset,
-    teacher: CrossEncoder | str | os.PathLike[str],
+    teacher: CrossEncoder | SentenceTransformer | str | os.PathLike[str],
     *,
     activation: TeacherActivation = "sigmoid",
     split: Literal["train", "dev", "test"] = "train",
@@ -62,25 +68,28 @@ def add_teacher_scores(
 ) -> Dataset:
     """Put a teacher's scores beside the gold scores: the label column becomes ``[gold, teacher]``.
 
-    Scores are computed once and cached under a fingerprint of the texts, the teacher's weights and ``activation``.
+    Scores are computed once and cached under a fingerprint of the texts, the teacher and ``activation``.
 
     Args:
-        dataset: Columns ``sentence1``, ``sentence2`` and, unless pairs are unlabelled, ``score``.
-        teacher: A CrossEncoder, its hub id or folder; or a folder of score files, ``{split}.csv`` with columns
-            ``logit,score``, row for row as the dataset.
+        dataset: Columns ``sentence1``, ``sentence2`` and, unless pairs are unlabelled, ``score``. Or groups, as
+            :func:`~st_linear.mining.mine_groups` returns them: ``sentence1`` to ``sentenceK``, without ``score``.
+        teacher: A CrossEncoder, its hub id or folder; a SentenceTransformer, loaded, whose scores are its cosines,
+            those below 0 as 0; or, for pairs, a folder of score files, ``{split}.csv`` with columns ``logit,score``,
+            row for row as the dataset.
         activation: Applied to the teacher's logits: ``"sigmoid"`` squashes them into 0–1, as a cosine student needs;
             ``"identity"`` keeps them. Pass the same to ``DistillationLoss(teacher_activation=…)``.
         split: Which file of a folder of score files.
-        batch_size: Pairs at a time.
+        batch_size: Pairs at a time; of a SentenceTransformer, sentences.
         cache_folder: ``~/.cache/st_linear/teacher_scores`` by default (under ``XDG_CACHE_HOME`` where it is set).
         show_progress_bar: Show one while scoring.
 
     Returns:
-        The dataset with column ``score``: ``[gold, teacher]``, or the teacher's alone where there was no gold.
+        The dataset with column ``score``: ``[gold, teacher]``, or the teacher's alone where there was no gold. Of a
+        group, its scores of all pairs: the first text with the second, the first with the third, and so on.
 
     Raises:
-        ValueError: If the teacher has several labels, answers with NaN, or scored the dataset already, or score files
-            and dataset do not fit.
+        ValueError: If the teacher has several labels, answers with NaN, or scored the dataset already, score files
+            and dataset do not fit, groups have gold scores, or a SentenceTransformer is asked for logits.
         FileNotFoundError: If there is no such teacher.
 
     Example:
@@ -96,19 +105,26 @@ def add_teacher_scores(
     labelled = "score" in dataset.column_names
     if labelled and not isinstance(dataset.features["score"], Value):
         raise ValueError("column 'score' holds teacher scores already; pass the dataset with gold scores alone")
+    size = len(text_columns(dataset))
+    if labelled and size > 2:
+        raise ValueError(f"groups of {size} sentences have no gold scores: drop the column 'score', or sentence3")
     if isinstance(teacher, (str, os.PathLike)) and is_score_folder(teacher):
+        if size > 2:
+            raise ValueError(f"{teacher} is a folder of scores, whose groups have them already: call read_groups")
         scores = read_teacher_scores(teacher, split, activation=activation)
         if len(scores) != len(dataset):
             raise ValueError(f"{teacher} holds {len(scores)} scores for {split}, the dataset {len(dataset)} pairs")
     else:
         scores = score_pairs(
             dataset,
-            load_teacher(teacher),
+            teacher if isinstance(teacher, SentenceTransformer) else load_teacher(teacher),
             activation=activation,
             batch_size=batch_size,
             cache_folder=cache_folder,
             show_progress_bar=show_progress_bar,
         )
+    if size > 2:
+        return dataset.add_column("score", np.reshape(scores, (-1, size * (size - 1) // 2)).tolist())
     if not labelled:
         return dataset.add_column("score", scores)
     labels = [[gold, taught] for gold, taught in zip(dataset["score"], scores)]
@@ -117,30 +133,50 @@ def add_teacher_scores(
 
 def score_pairs(
     dataset: Dataset,
-    teacher: CrossEncoder,
+    teacher: CrossEncoder | SentenceTransformer,
     *,
     activation: TeacherActivation = "sigmoid",
     batch_size: int = 64,
     cache_folder: str | os.PathLike[str] | None = None,
     show_progress_bar: bool = True,
 ) -> list[float]:
-    """The teacher's scores of the pairs, from the cache where they are there; arguments as add_teacher_scores."""
-    pairs = list(zip(dataset["sentence1"], dataset["sentence2"]))
+    """The teacher's scores of all pairs, row by row, cached or not; arguments as :func:`add_teacher_scores`."""
+    if isinstance(teacher, SentenceTransformer) and activation == "identity":
+        raise ValueError("a SentenceTransformer has no logits: its scores are cosines; pass activation='sigmoid'")
+    columns = (dataset[column] for column in text_columns(dataset))
+    pairs = [pair for row in zip(*columns) for pair in combinations(row, 2)]
     path = _cache_folder(cache_folder) / f"{_fingerprint(pairs, teacher, activation)}.json"
     if path.is_file():
         return read_json(path)["scores"]
-    predicted = teacher.predict(
-        pairs,
-        batch_size=batch_size,
-        activation_fn=TEACHER_ACTIVATIONS[activation],
-        show_progress_bar=show_progress_bar,
-        convert_to_numpy=True,
-    )
+    if isinstance(teacher, SentenceTransformer):
+        predicted = _cosines(pairs, teacher, batch_size, show_progress_bar)
+    else:
+        predicted = teacher.predict(
+            pairs,
+            batch_size=batch_size,
+            activation_fn=TEACHER_ACTIVATIONS[activation],
+            show_progress_bar=show_progress_bar,
+            convert_to_numpy=True,
+        )
     if bad := int((~np.isfinite(predicted)).sum()):
         raise ValueError(f"the teacher gave NaN or inf for {bad} of {len(pairs)} pairs")
     scores = [float(score) for score in predicted]
     write_json(path, {"activation": activation, "scores": scores})
     return scores
+
+
+def _cosines(
+    pairs: list[tuple[str, str]], teacher: SentenceTransformer, batch_size: int, show_progress_bar: bool
+) -> np.ndarray:
+    """Each sentence is read once, however many pairs it is in."""
+    rows = {sentence: row for row, sentence in enumerate(dict.fromkeys(chain.from_iterable(pairs)))}
+    embeddings = teacher.encode(
+        list(rows), batch_size=batch_size, normalize_embeddings=True, show_progress_bar=show_progress_bar
+    ).astype(np.float32)
+    sides = np.array([[rows[first], rows[second]] for first, second in pairs])
+    parts = np.array_split(sides, len(sides) // _PAIRS_AT_A_TIME + 1)
+    cosines = [np.einsum("ij,ij->i", *embeddings[part.T]) for part in parts]
+    return np.concatenate(cosines).clip(0, 1)
 
 
 def is_score_folder(folder: str | os.PathLike[str]) -> bool:
@@ -194,6 +230,56 @@ def read_mined_pairs(folder: str | os.PathLike[str], *, activation: TeacherActiv
             if not text or not text.strip():
                 raise ValueError(f"{path}, row {number}: {name} is {text!r}, not a text")
     return Dataset.from_dict({**sentences, "score": _scores_of(rows, path, column)})
+
+
+def read_groups(folder: str | os.PathLike[str]) -> Dataset:
+    """Groups of sentences, all pairs of which a teacher has scored: ``{folder}/groups.jsonl``.
+
+    A line has the keys ``sentence1`` to ``sentenceK`` and ``score``, a list as :func:`add_teacher_scores` makes it.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        A dataset with these columns.
+
+    Raises:
+        FileNotFoundError: If the file is missing.
+        ValueError: If it can't be read, groups are smaller than three, a sentence is empty, or scores are not as many
+            as pairs or no numbers in 0–1.
+    """
+    path = Path(folder) / "groups.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(f"no groups that a teacher has scored: {path} is missing")
+    try:
+        # Not splitlines(), which also splits at characters that JSON strings may hold.
+        lines = path.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} can't be read as UTF-8: {error}") from error
+    if lines == [""]:
+        raise ValueError(f"{path} holds no groups")
+    groups: dict[str, list[Any]] = {}
+    for number, line in enumerate(lines, start=1):
+        place = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+            texts, scores = [row[f"sentence{index}"] for index in range(1, len(row))], row["score"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{place} is no group: sentence1 to sentenceK and score in JSON ({error})") from error
+        if groups and row.keys() != groups.keys():
+            raise ValueError(f"{place} has {len(texts)} sentences, those before it {len(groups) - 1}")
+        if len(texts) < 3:
+            raise ValueError(f"{place} has {len(texts)} sentences: pairs belong in mined.csv")
+        if bad := [text for text in texts if not isinstance(text, str) or not text.strip()]:
+            raise ValueError(f"{place}: a sentence is {bad[0]!r}, not a text")
+        wanted = len(texts) * (len(texts) - 1) // 2
+        if not isinstance(scores, list) or len(scores) != wanted:
+            raise ValueError(f"{place}: score must be a list of {wanted} numbers, one for each pair")
+        if bad := [score for score in scores if type(score) not in (int, float) or not 0 <= score <= 1]:
+            raise ValueError(f"{place}: a score is {bad[0]!r}, not a number in 0..1")
+        for key, value in row.items():
+            groups.setdefault(key, []).append(value)
+    return Dataset.from_dict(groups)
 
 
 def train_teacher(
@@ -288,12 +374,21 @@ def _cache_folder(folder: str | os.PathLike[str] | None) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "st_linear" / "teacher_scores"
 
 
-def _fingerprint(pairs: list[tuple[str, str]], teacher: CrossEncoder, activation: str) -> str:
+def _fingerprint(pairs: list[tuple[str, str]], teacher: CrossEncoder | SentenceTransformer, activation: str) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    for text in (activation, str(teacher.max_seq_length), *(text for pair in pairs for text in pair)):
+    for text in (activation, *_settings_of(teacher), *(text for pair in pairs for text in pair)):
         encoded = text.encode()
         digest.update(len(encoded).to_bytes(8, "little") + encoded)
     for name, tensor in sorted(teacher.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _settings_of(teacher: CrossEncoder | SentenceTransformer) -> Iterator[str]:
+    """What its scores depend on beside its weights."""
+    yield str(teacher.max_seq_length)
+    if isinstance(teacher, SentenceTransformer):
+        yield repr((teacher.prompts, teacher.default_prompt_name, teacher.truncate_dim))
+        for module in teacher:
+            yield repr((type(module), module.get_config_dict() if isinstance(module, Module) else None))

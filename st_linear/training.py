@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import shutil
@@ -11,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.base.evaluation import BaseEvaluator
+from sentence_transformers.base.sampler import DefaultBatchSampler
+from torch.utils.data import RandomSampler
 from transformers import TrainerCallback
 
-from st_linear.data import token_counts
+from st_linear.data import text_columns, token_counts
 from st_linear.losses import DistillationLoss
 from st_linear.records import has_bfloat16, read_json, write_json
 from st_linear.settings import Settings
@@ -40,6 +43,7 @@ class Curve(BaseEvaluator, TrainerCallback):
         batch_size: Pairs per step, of all processes together.
         drop_last: Whether the last, smaller batch of an epoch is left out.
         at: Steps after which the Trainer shall evaluate, beside those that its arguments name.
+        groups: Groups of sentences to train on besides. One of K sentences counts as K / 2 pairs.
     """
 
     primary_metric = "pearson"
@@ -53,15 +57,22 @@ class Curve(BaseEvaluator, TrainerCallback):
         *,
         drop_last: bool = False,
         at: Container[int] = (),
+        groups: Dataset | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.measure = measure
+        self.at = at
         self.batch_size = batch_size
         self.examples = len(train) - (len(train) % batch_size if drop_last else 0)
-        self.at = at
-        columns = (token_counts(train[column], model.tokenizer) for column in ("sentence1", "sentence2"))
-        self.tokens_per_pair = sum(map(sum, columns)) / len(train)
+        self.steps = math.ceil(self.examples / batch_size)
+        datasets = [train]
+        if groups is not None:
+            datasets.append(groups)
+            self.examples += len(groups) * len(text_columns(groups)) // 2
+            self.steps += math.ceil(len(groups) / _rows_per_step(groups, batch_size))
+        counts = (token_counts(d[column], model.tokenizer) for d in datasets for column in text_columns(d))
+        self.tokens_per_pair = 2 * sum(map(sum, counts)) / sum(len(d) * len(text_columns(d)) for d in datasets)
         self.points: list[dict[str, Any]] = []
         self.seconds = 0.0
         self.resumed = time.perf_counter()
@@ -112,8 +123,8 @@ class Curve(BaseEvaluator, TrainerCallback):
             raise ValueError(f"the student can't be measured on dev after {step} steps: {figures['undefined']}")
         self.resumed = time.perf_counter()
         # The last batch of an epoch is smaller: count whole epochs as such.
-        epochs, rest = divmod(step, math.ceil(self.examples / self.batch_size))
-        examples = epochs * self.examples + rest * self.batch_size
+        epochs, rest = divmod(step, self.steps)
+        examples = epochs * self.examples + min(rest * self.batch_size, self.examples)
         point = {
             "step": step,
             "examples": examples,
@@ -147,6 +158,20 @@ def reached(curve: Sequence[dict[str, Any]], target: float, unit: str) -> float 
     return None
 
 
+def _rows_per_step(dataset: Dataset, batch_size: int) -> int:
+    """How many groups hold as many texts as ``batch_size`` pairs, or not many more."""
+    return max(1, 2 * batch_size // len(text_columns(dataset)))
+
+
+def _batches(
+    dataset: Dataset, batch_size: int, generator: torch.Generator | None, **options: Any
+) -> DefaultBatchSampler:
+    """Sentence Transformers' own batches of pairs, and batches of groups with as many texts."""
+    size = _rows_per_step(dataset, batch_size)
+    order: Any = RandomSampler(dataset, generator=generator)
+    return DefaultBatchSampler(order, batch_size=size, generator=generator, **options)
+
+
 def training_arguments(output: Path, settings: Settings, **options: Any) -> SentenceTransformerTrainingArguments:
     """The Trainer's arguments under some settings, checkpoints in ``output/trainer``; ``options`` override them."""
     defaults: dict[str, Any] = {
@@ -175,6 +200,7 @@ def distil_pairs(
     *,
     callbacks: Sequence[TrainerCallback] = (),
     checkpoint: Path | None = None,
+    groups: Dataset | None = None,
 ) -> None:
     """Train the curve's model on labelled pairs with :class:`~st_linear.losses.DistillationLoss`.
 
@@ -185,20 +211,35 @@ def distil_pairs(
         settings: Of the loss.
         callbacks: Called before the curve.
         checkpoint: From :func:`last_whole_checkpoint`, to go on from.
+        groups: Groups of sentences to train on besides, with the teacher's scores of all their pairs, without
+            dropout. A step is one of pairs or of groups, with as many texts.
+
+    Raises:
+        ValueError: If there are groups, and several processes or steps in several batches.
     """
     if checkpoint is not None:
         curve.restore(checkpoint)
+    loss: Any = DistillationLoss(
+        curve.model,
+        alpha=settings.alpha,
+        head=settings.head,
+        objective=settings.objective,
+        teacher_activation=settings.teacher_activation,
+    )
+    dataset: Any = train
+    if groups is not None:
+        if arguments.world_size * arguments.gradient_accumulation_steps > 1:
+            raise ValueError("groups are trained on by one process, a batch a step")
+        dataset = DatasetDict(pairs=train, groups=groups)
+        of_groups = DistillationLoss(curve.model, alpha=1, objective=settings.objective, dropout=False)
+        loss = {"pairs": loss, "groups": of_groups}
+        arguments = copy.copy(arguments)
+        arguments.batch_sampler = _batches
     trainer = SentenceTransformerTrainer(
         model=curve.model,
         args=arguments,
-        train_dataset=train,
-        loss=DistillationLoss(
-            curve.model,
-            alpha=settings.alpha,
-            head=settings.head,
-            objective=settings.objective,
-            teacher_activation=settings.teacher_activation,
-        ),
+        train_dataset=dataset,
+        loss=loss,
         evaluator=curve,
         callbacks=[*callbacks, curve],
     )

@@ -175,6 +175,7 @@ class TestFormula:
             "head": "dse",
             "objective": "cosent",
             "teacher_activation": "sigmoid",
+            "dropout": True,
         }
         assert "1908.05161" in loss.citation
 
@@ -206,6 +207,10 @@ class TestArguments:
     def test_identity_is_not_refused_where_no_teacher_has_weight(self) -> None:
         loss = DistillationLoss(given_model(), alpha=0, teacher_activation="identity")
         assert_close(loss(COLUMNS, GOLD), objective_by_hand("mse", cosines(), GOLD, 1))
+
+    def test_an_encoder_is_no_live_teacher(self) -> None:
+        with refused("this teacher must be a CrossEncoder, got a SentenceTransformer: score with add_teacher_scores"):
+            DistillationLoss(given_model(), given_model())  # type: ignore[arg-type]
 
     def test_a_model_that_hides_its_dimension_gets_no_head(self) -> None:
         with refused("head='dse' needs to know the model's embedding dimension, which it does not tell"):
@@ -252,10 +257,87 @@ class TestLabels:
         loss = DistillationLoss(given_model(), objective="cosent")
         assert_close(loss(COLUMNS, both(gold=GOLD * 5, taught=LOGITS)), loss(COLUMNS, both()))
 
-    @pytest.mark.parametrize("count", [1, 3])
-    def test_two_text_columns_are_needed(self, count: int) -> None:
-        with refused(f"DistillationLoss takes two text columns, got {count}"):
-            DistillationLoss(given_model(), alpha=0)([COLUMNS[0]] * count, GOLD)
+    def test_one_text_column_is_no_pair(self) -> None:
+        with refused("DistillationLoss takes two text columns or more, got 1"):
+            DistillationLoss(given_model(), alpha=0)([COLUMNS[0]], GOLD)
+
+
+GROUPS = torch.randn(4, 5, DIMENSION, generator=torch.Generator().manual_seed(1))
+GROUP_SCORES = torch.rand(5, 6, generator=torch.Generator().manual_seed(2))
+
+
+class TestGroups:
+    """Four texts a row, and the teacher's scores of the six pairs of them."""
+
+    columns = tuple({"sentence_embedding": texts} for texts in GROUPS)
+
+    @pytest.mark.parametrize("objective", ["mse", "cosent"])
+    def test_it_is_that_of_all_pairs_of_a_row(self, objective: Any) -> None:
+        scores, targets = [], []
+        for row in range(5):
+            pairs = [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
+            for (first, second), target in zip(pairs, GROUP_SCORES[row]):
+                u, v = GROUPS[first, row], GROUPS[second, row]
+                scores.append(u @ v / math.sqrt((u @ u) * (v @ v)))
+                targets.append(target)
+        expected = objective_by_hand(objective, torch.stack(scores), torch.stack(targets), 3.0)
+        loss = DistillationLoss(given_model(), alpha=1, objective=objective, scale=3.0)
+        assert_close(loss(self.columns, GROUP_SCORES), expected)
+
+    def test_its_gradient_is_that_of_the_pairs(self) -> None:
+        gradients = []
+        for grouped in (True, False):
+            model = given_model()
+            loss = DistillationLoss(model, alpha=1)
+            if grouped:
+                loss(self.columns, GROUP_SCORES).backward()
+            else:
+                pairs = [(a, b) for a in range(4) for b in range(a + 1, 4)]
+                for (a, b), labels in zip(pairs, GROUP_SCORES.T):
+                    (loss((self.columns[a], self.columns[b]), labels) / 6).backward()
+            gradients.append(model[0].weight.grad)
+        assert gradients[0].abs().max() > 1e-3
+        assert_close(*gradients)
+
+    @pytest.mark.parametrize(
+        ("options", "got"),
+        [
+            ({}, "got alpha=0.5, head='cosine' and teacher=None"),
+            ({"alpha": 1, "head": "dse"}, "got alpha=1, head='dse' and teacher=None"),
+        ],
+    )
+    def test_they_have_a_teacher_alone(self, options: dict[str, Any], got: str) -> None:
+        with refused(
+            f"4 text columns want alpha=1, head='cosine' and scores of add_teacher_scores, no teacher=; {got}"
+        ):
+            DistillationLoss(given_model(), **options)(self.columns, GROUP_SCORES)
+
+    def test_they_have_no_live_teacher(self, teacher: CrossEncoder) -> None:
+        with refused("got alpha=1, head='cosine' and teacher=a CrossEncoder"):
+            DistillationLoss(given_model(), teacher, alpha=1)(self.columns, GROUP_SCORES)
+
+    @pytest.mark.parametrize(
+        ("labels", "shape"), [(GROUP_SCORES[:, :5], "(5, 5)"), (GROUP_SCORES[:, 0], "(5,)"), (None, "None")]
+    )
+    def test_each_pair_has_a_label(self, labels: Tensor | None, shape: str) -> None:
+        with refused(f"4 text columns make 6 pairs a row, labels are {shape}"):
+            DistillationLoss(given_model(), alpha=1)(self.columns, labels)
+
+    def test_scores_are_checked(self) -> None:
+        with refused("teacher scores must lie in 0..1, got "):
+            DistillationLoss(given_model(), alpha=1)(self.columns, GROUP_SCORES * 2)
+        with refused("teacher scores hold NaN or inf"):
+            DistillationLoss(given_model(), alpha=1)(self.columns, GROUP_SCORES / 0)
+
+
+@pytest.mark.parametrize("dropout", [True, False])
+def test_dropout_can_be_left_out(dropout: bool, bert: str, text: Callable[..., str]) -> None:
+    student = convert(bert, feature_map="softmax").train()
+    loss = DistillationLoss(student, alpha=0, dropout=dropout)
+    columns = features_of(student, [(text(9, seed=row), text(11, seed=row + 3)) for row in range(3)])
+    losses = {loss([dict(column) for column in columns], GOLD[:3]).item() for _ in range(2)}
+    assert len(losses) == (2 if dropout else 1)
+    assert student.training
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import pairwise_cos_sim
 
-from st_linear import convert, mine_pairs
+from st_linear import convert, mine_groups, mine_pairs
 from st_linear.data import training_sentences
 
 
@@ -83,3 +83,69 @@ def test_what_can_not_be_mined_is_refused(dataset: Dataset, model: SentenceTrans
         mine_pairs(pair, model, 1, show_progress_bar=False)
     with refused("no pair of the 1 sentences"):
         mine_pairs(pair, model, 1, exclude=["ba"], show_progress_bar=False)
+
+
+@pytest.fixture(scope="module")
+def sentences(dataset: Dataset) -> list[str]:
+    return training_sentences(dataset)
+
+
+def groups_of(sentences: list[str], model: SentenceTransformer, count: int, **options: object) -> list[list[str]]:
+    options = {"size": 5, "neighbours": 6} | options
+    groups = mine_groups(sentences, model, count, show_progress_bar=False, **options)  # type: ignore[arg-type]
+    assert groups.column_names == [f"sentence{number}" for number in range(1, 6)]
+    return [list(row.values()) for row in groups.to_list()]
+
+
+def test_groups_are_near_sentences_and_a_random_one(sentences: list[str], model: SentenceTransformer) -> None:
+    vectors = dict(zip(sentences, model.encode(sentences, normalize_embeddings=True)))
+    groups = groups_of(sentences, model, 400)
+    far = []
+    for first, *near, other in groups:
+        assert len({first, *near, other}) == 5
+        ranked = sorted(sentences, key=lambda sentence: -float(vectors[sentence] @ vectors[first]))
+        assert set(near) <= set(ranked[:7])
+        far.append(ranked.index(other))
+    # Of the rest, 36 of which one is drawn evenly, the middle is at rank 20 or so.
+    assert 15 < sum(far) / len(far) < 25
+    assert max(far) == 39
+
+
+def test_sentences_take_turns(sentences: list[str], model: SentenceTransformer) -> None:
+    first = [group[0] for group in groups_of([*sentences, sentences[0]], model, 80)]
+    assert sorted(first) == sorted(2 * sentences)
+
+
+def test_nearer_sentences_are_drawn_more_often(sentences: list[str], model: SentenceTransformer) -> None:
+    vectors = dict(zip(sentences, model.encode(sentences, normalize_embeddings=True)))
+    ranks = []
+    for first, *near, _ in groups_of(sentences, model, 2000, size=5, neighbours=30):
+        others = sorted(set(sentences) - {first}, key=lambda sentence: -float(vectors[sentence] @ vectors[first]))
+        ranks += [others.index(sentence) for sentence in near]
+    assert 1.6 < sum(rank < 10 for rank in ranks) / sum(rank >= 20 for rank in ranks) < 2.6
+
+
+def test_groups_hold_no_excluded_sentence(sentences: list[str], model: SentenceTransformer) -> None:
+    found = set(chain.from_iterable(groups_of(sentences, model, 200, exclude=sentences[:5])))
+    assert found == set(sentences[5:])
+
+
+def test_a_seed_is_a_draw_of_groups(sentences: list[str], model: SentenceTransformer) -> None:
+    assert groups_of(sentences, model, 9) == groups_of(sentences, model, 9)
+    assert groups_of(sentences, model, 9) != groups_of(sentences, model, 9, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"count": 0}, "count must be positive, got 0"),
+        ({"size": 2}, "size must be at least 3, got 2: mine_pairs finds pairs"),
+        ({"neighbours": 5}, "neighbours must be at least 6 for groups of 8, got 5"),
+        ({}, "neighbours=48 wants 50 sentences or more, got 40"),
+    ],
+)
+def test_groups_that_can_not_be_are_refused(
+    options: dict[str, int], message: str, sentences: list[str], model: SentenceTransformer
+) -> None:
+    with refused(message):
+        mine_groups(sentences, model, **{"count": 1, **options})

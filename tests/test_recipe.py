@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import csv
+import json
 import logging
 import math
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -21,7 +23,7 @@ from sentence_transformers import CrossEncoder, SentenceTransformer
 from transformers import BertConfig, BertForSequenceClassification
 
 import st_linear
-from st_linear import evaluation, recipe, tables
+from st_linear import evaluation, recipe, tables, training
 from st_linear.data import token_counts, training_sentences
 from st_linear.evaluation import METRICS, correlation
 from st_linear.models import save_model
@@ -437,6 +439,80 @@ class TestStudents:
         for wrong in (None, 3, 2.5):
             with refused(f"one of the inputs is {wrong!r}"):
                 model.encode(["ba", wrong])
+
+
+class TestGroups:
+    @pytest.fixture
+    def grouped(self, folder: Path, tmp_path: Path) -> Path:
+        """A folder of scores with six groups of four."""
+        copied = Path(shutil.copytree(folder / "teacher", tmp_path / "teacher"))
+        rows = [
+            {f"sentence{n}": f"bo {WORDS[row]} {WORDS[row + n]}" for n in range(1, 5)} | {"score": [row / 9] * 6}
+            for row in range(6)
+        ]
+        (copied / "groups.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+        return copied
+
+    def prepared(self, pairs: Pairs, bert: str, output: Path, count: int, **teacher: Any) -> Teacher:
+        settings = replace(SETTINGS, groups=count)
+        return prepare_teacher(pairs, bert, output, settings=settings, show_progress_bar=False, **teacher)
+
+    def test_the_first_of_a_folder_are_taken(self, pairs: Pairs, bert: str, grouped: Path, tmp_path: Path) -> None:
+        found = self.prepared(pairs, bert, tmp_path / "out", 4, teacher_scores=str(grouped)).groups
+        assert found is not None
+        assert found.to_list() == [json.loads(line) for line in (grouped / "groups.jsonl").open()][:4]
+        everything = self.prepared(pairs, bert, tmp_path / "out", 40, teacher_scores=str(grouped)).groups
+        assert everything is not None
+        assert len(everything) == 6
+
+    def test_they_are_trained_on_beside_the_pairs(
+        self, make: Callable[..., dict[str, Any]], pairs: Pairs, bert: str, grouped: Path, tmp_path: Path
+    ) -> None:
+        taught = self.prepared(pairs, bert, tmp_path / "out", 6, teacher_scores=str(grouped))
+        settings = replace(SETTINGS, epochs=2, lengths=(), evaluations=2)
+        record = make(teacher=taught, settings=settings)
+        # A step has batch_size pairs, or groups of as many sentences.
+        per_epoch = -(-ROWS["train"] // SETTINGS.batch_size) + -(-6 // (SETTINGS.batch_size // 2))
+        assert record["curve"][-1]["step"] == 2 * per_epoch
+        # A group of four sentences counts as two pairs.
+        assert record["curve"][-1]["examples"] == 2 * (ROWS["train"] + 6 * 2)
+        assert record["teacher"]["groups"]["groups"] == 6
+        assert 0 < record["curve"][1]["examples"] < record["curve"][-1]["examples"]
+
+    def test_they_come_from_a_folder_alone(
+        self, pairs: Pairs, bert: str, save_teacher: Callable[[int], str], tmp_path: Path
+    ) -> None:
+        with refused("groups=3 asks for a folder of teacher scores with groups.jsonl, got none"):
+            self.prepared(pairs, bert, tmp_path, 3, teacher=save_teacher(1))
+
+    def test_their_loss_is_the_teachers_without_dropout(
+        self,
+        make: Callable[..., dict[str, Any]],
+        pairs: Pairs,
+        bert: str,
+        grouped: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        found: list[dict[str, Any]] = []
+        run = training.run_trainer
+
+        def look(trainer: Any, checkpoint: Path | None = None) -> None:
+            found.append({name: loss.get_config_dict() for name, loss in trainer.loss.items()})
+            run(trainer, checkpoint)
+
+        monkeypatch.setattr(training, "run_trainer", look)
+        taught = self.prepared(pairs, bert, tmp_path / "out", 6, teacher_scores=str(grouped))
+        make(teacher=taught, settings=replace(SETTINGS, objective="cosent", alpha=0.3, lengths=()))
+        (losses,) = found
+        assert losses["pairs"] == losses["groups"] | {"alpha": 0.3, "dropout": True}
+        assert losses["groups"] == losses["groups"] | {"alpha": 1, "dropout": False, "objective": "cosent"}
+
+    def test_a_sentence_of_test_is_refused(self, pairs: Pairs, bert: str, grouped: Path, tmp_path: Path) -> None:
+        row = {"sentence1": "bo", "sentence2": "bi", "sentence3": pairs.test["sentence2"][0], "score": [0.1, 0.2, 0.3]}
+        (grouped / "groups.jsonl").write_text(json.dumps(row))
+        with refused("the mined groups hold 1 sentences of dev or test"):
+            self.prepared(pairs, bert, tmp_path / "out", 1, teacher_scores=str(grouped))
 
 
 class TestMined:

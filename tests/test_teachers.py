@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -13,12 +14,25 @@ import pytest
 import torch
 from conftest import FAMILIES, refused
 from datasets import Dataset
-from sentence_transformers import CrossEncoder
-from torch import nn
+from sentence_transformers import (
+    CrossEncoder,
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
+from sentence_transformers.base.modules import Module
+from torch import Tensor, nn
 from transformers import BertForSequenceClassification
 
 from st_linear import DistillationLoss, add_teacher_scores, convert
-from st_linear.teachers import is_score_folder, load_teacher, read_teacher_scores, score_pairs, train_teacher
+from st_linear.teachers import (
+    is_score_folder,
+    load_teacher,
+    read_groups,
+    read_teacher_scores,
+    score_pairs,
+    train_teacher,
+)
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +57,19 @@ def dataset(text: Callable[..., str]) -> Dataset:
             "score": [index / 9 for index in range(10)],
         }
     )
+
+
+class Shifted(Module):
+    """Embeddings less a vector."""
+
+    def __init__(self, shift: Tensor) -> None:
+        super().__init__()
+        self.shift = shift
+
+    def forward(self, features: dict[str, Tensor], **kwargs: Any) -> dict[str, Tensor]:
+        return {**features, "sentence_embedding": features["sentence_embedding"] - self.shift}
+
+    def save(self, output_path: str, *args: Any, **kwargs: Any) -> None: ...
 
 
 def scores_of(teacher: CrossEncoder, dataset: Dataset, activation: nn.Module) -> np.ndarray:
@@ -142,6 +169,156 @@ class TestColumn:
         scored = add_teacher_scores(dataset, teacher, cache_folder=tmp_path)
         with refused("column 'score' holds teacher scores already; pass the dataset with gold scores alone"):
             add_teacher_scores(scored, teacher, cache_folder=tmp_path)
+
+
+@pytest.fixture
+def encoder(bert: str) -> SentenceTransformer:
+    return convert(bert, feature_map="softmax")
+
+
+@pytest.fixture(scope="module")
+def groups(text: Callable[..., str]) -> Dataset:
+    """Seven rows of four texts, of which some come in several rows."""
+    return Dataset.from_dict(
+        {f"sentence{n}": [text(5 + (row + n) % 6, seed=(row + n) % 6) for row in range(7)] for n in range(1, 5)}
+    )
+
+
+class TestGroups:
+    def test_all_pairs_are_scored(self, teacher: CrossEncoder, groups: Dataset, tmp_path: Path) -> None:
+        scored = add_teacher_scores(groups, teacher, cache_folder=tmp_path)
+        assert scored.column_names == [*groups.column_names, "score"]
+        for row, scores in zip(groups.to_list(), scored["score"]):
+            a, b, c, d = row.values()
+            expected = teacher.predict([(a, b), (a, c), (a, d), (b, c), (b, d), (c, d)], activation_fn=nn.Sigmoid())
+            np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=1e-6)
+
+    def test_gold_scores_are_refused(self, teacher: CrossEncoder, groups: Dataset, tmp_path: Path) -> None:
+        with refused("groups of 4 sentences have no gold scores: drop the column 'score', or sentence3"):
+            add_teacher_scores(groups.add_column("score", [0.5] * 7), teacher, cache_folder=tmp_path)
+
+    def test_the_trainer_takes_what_comes_out(self, bert: str, groups: Dataset, tmp_path: Path) -> None:
+        model = convert(bert, window=8)
+        scored = add_teacher_scores(groups, model, cache_folder=tmp_path)
+        before = model[0].model.embeddings.word_embeddings.weight.clone()  # type: ignore[union-attr]
+        arguments = SentenceTransformerTrainingArguments(
+            str(tmp_path), max_steps=2, per_device_train_batch_size=4, use_cpu=True, report_to="none"
+        )
+        loss = DistillationLoss(model, alpha=1, dropout=False)
+        trainer = SentenceTransformerTrainer(model=model, args=arguments, train_dataset=scored, loss=loss)
+        # The teacher is the student, as it was.
+        assert trainer.train().training_loss < 1e-4
+        assert not torch.equal(before, model[0].model.embeddings.word_embeddings.weight)  # type: ignore[union-attr]
+
+
+GROUP = {"sentence1": "ba", "sentence2": "be", "sentence3": "bi", "score": [0.1, 0, 1]}
+
+
+class TestGroupFiles:
+    def test_they_are_read_as_add_teacher_scores_makes_them(
+        self, encoder: SentenceTransformer, groups: Dataset, tmp_path: Path
+    ) -> None:
+        scored = add_teacher_scores(groups, encoder, cache_folder=tmp_path / "cache")
+        scored.to_json(tmp_path / "groups.jsonl")
+        found = read_groups(tmp_path)
+        assert found.remove_columns("score").to_list() == groups.to_list()
+        np.testing.assert_allclose(found["score"], scored["score"], rtol=1e-9)
+
+    @pytest.mark.parametrize(
+        ("lines", "message"),
+        [
+            ([], "{path} holds no groups"),
+            ([GROUP, "{"], "{path}, line 2 is no group: sentence1 to sentenceK and score in JSON"),
+            ([{**GROUP, "text": "bo"}], "{path}, line 1 is no group"),
+            ([[1, 2]], "{path}, line 1 is no group"),
+            (
+                [GROUP, {**GROUP, "sentence4": "bo", "score": [0.1] * 6}],
+                "{path}, line 2 has 4 sentences, those before it 3",
+            ),
+            (
+                [{"sentence1": "ba", "sentence2": "be", "score": [0.5]}],
+                "{path}, line 1 has 2 sentences: pairs belong in mined.csv",
+            ),
+            ([{**GROUP, "sentence2": " "}], "{path}, line 1: a sentence is ' ', not a text"),
+            ([{**GROUP, "sentence2": None}], "{path}, line 1: a sentence is None, not a text"),
+            ([{**GROUP, "score": [0.1, 0.2]}], "{path}, line 1: score must be a list of 3 numbers, one for each pair"),
+            ([{**GROUP, "score": 0.5}], "{path}, line 1: score must be a list of 3 numbers, one for each pair"),
+            ([{**GROUP, "score": [0.1, 1.5, 0]}], "{path}, line 1: a score is 1.5, not a number in 0..1"),
+            ([{**GROUP, "score": [0.1, math.nan, 0]}], "{path}, line 1: a score is nan, not a number in 0..1"),
+            ([{**GROUP, "score": [0.1, "1", 0]}], "{path}, line 1: a score is '1', not a number in 0..1"),
+            ([{**GROUP, "score": [0.1, True, 0]}], "{path}, line 1: a score is True, not a number in 0..1"),
+        ],
+    )
+    def test_bad_ones_are_refused(self, lines: list[Any], message: str, tmp_path: Path) -> None:
+        path = tmp_path / "groups.jsonl"
+        path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+        with refused(message.format(path=path)):
+            read_groups(tmp_path)
+
+    def test_text_is_read_as_it_is(self, tmp_path: Path) -> None:
+        odd = {**GROUP, "sentence2": "b\u2028e\u0085"}
+        path = tmp_path / "groups.jsonl"
+        path.write_text("\ufeff" + json.dumps(odd, ensure_ascii=False) + "\n", encoding="utf-8")
+        assert read_groups(tmp_path).to_list() == [odd]
+        path.write_bytes(b"\xff\xfe")
+        with refused(f"{path} can't be read as UTF-8"):
+            read_groups(tmp_path)
+
+    def test_a_folder_of_scores_scores_no_groups(self, groups: Dataset, tmp_path: Path) -> None:
+        write_scores(tmp_path / "scores", "logit,score\n0,0.5\n")
+        with refused("scores is a folder of scores, whose groups have them already: call read_groups"):
+            add_teacher_scores(groups, tmp_path / "scores")
+
+    def test_a_folder_without_is_told(self, tmp_path: Path) -> None:
+        message = f"no groups that a teacher has scored: {tmp_path / 'groups.jsonl'} is missing"
+        with refused(message, FileNotFoundError):
+            read_groups(tmp_path)
+
+
+class TestBiEncoder:
+    def test_its_scores_are_cosines_and_none_below_nought(
+        self, encoder: SentenceTransformer, dataset: Dataset, tmp_path: Path
+    ) -> None:
+        with torch.no_grad():
+            # Vectors of a random encoder all lie in one direction: have them point in all.
+            mean = encoder.encode(dataset["sentence1"][:], convert_to_tensor=True).mean(0)
+        turned = SentenceTransformer(modules=[*encoder, Shifted(mean)], device="cpu")
+        scores = score_pairs(dataset, turned, cache_folder=tmp_path, batch_size=3)
+        u, v = (turned.encode(dataset[column][:]) for column in ("sentence1", "sentence2"))
+        cosines = (u * v).sum(1) / np.linalg.norm(u, axis=1) / np.linalg.norm(v, axis=1)
+        assert min(cosines) < -0.05
+        np.testing.assert_allclose(scores, np.maximum(cosines, 0), atol=1e-5)
+
+    def test_each_sentence_is_read_once(
+        self, encoder: SentenceTransformer, groups: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        read: list[int] = []
+        encode = encoder.encode
+        monkeypatch.setattr(
+            encoder, "encode", lambda texts, **options: (read.append(len(texts)), encode(texts, **options))[1]
+        )
+        first = add_teacher_scores(groups, encoder, cache_folder=tmp_path)["score"]
+        assert add_teacher_scores(groups, encoder, cache_folder=tmp_path)["score"] == first
+        assert read == [6]
+
+    def test_many_pairs_go_in_parts(
+        self, encoder: SentenceTransformer, groups: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        whole = score_pairs(groups, encoder, cache_folder=tmp_path / "a")
+        monkeypatch.setattr("st_linear.teachers._PAIRS_AT_A_TIME", 4)
+        assert score_pairs(groups, encoder, cache_folder=tmp_path / "b") == whole
+
+    def test_scores_are_of_its_settings_too(self, bert: str, dataset: Dataset, tmp_path: Path) -> None:
+        scores = [
+            score_pairs(dataset, convert(bert, feature_map=feature_map, window=window), cache_folder=tmp_path)
+            for feature_map, window in (("softmax", 0), ("elu", 0), ("elu", 2), ("elu", 0))
+        ]
+        assert scores[1] == scores[3]
+        assert scores[0] != scores[1] != scores[2] != scores[0]
+
+    def test_it_has_no_logits(self, encoder: SentenceTransformer, dataset: Dataset, tmp_path: Path) -> None:
+        with refused("a SentenceTransformer has no logits: its scores are cosines; pass activation='sigmoid'"):
+            add_teacher_scores(dataset, encoder, activation="identity", cache_folder=tmp_path)
 
 
 class TestCache:
