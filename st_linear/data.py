@@ -137,14 +137,6 @@ def training_sentences(dataset: datasets.Dataset) -> list[str]:
     return list(dict.fromkeys(chain.from_iterable(zip(dataset["sentence1"], dataset["sentence2"], strict=True))))
 
 
-def text_columns(dataset: datasets.Dataset) -> list[str]:
-    """``sentence1``, ``sentence2`` and those that follow: two of pairs, more of groups."""
-    columns: list[str] = []
-    while (name := f"sentence{len(columns) + 1}") in dataset.column_names:
-        columns.append(name)
-    return columns
-
-
 def token_counts(texts: Sequence[str], tokenizer: Any) -> list[int]:
     """
     Count the tokens of each text, special tokens included and nothing truncated.

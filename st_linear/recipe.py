@@ -32,7 +32,6 @@ from st_linear.data import (
     passages,
     repeat_to_length,
     source_name,
-    text_columns,
     token_counts,
     training_sentences,
 )
@@ -59,6 +58,7 @@ from st_linear.teachers import (
     read_groups,
     read_mined_pairs,
     read_teacher_scores,
+    text_columns,
     train_teacher,
 )
 from st_linear.training import Curve, distil_pairs, reached, training_arguments

@@ -20,7 +20,6 @@ from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
 from transformers import set_seed
 
 from st_linear.checkpoints import hub_kwargs_of, hub_out_of_reach
-from st_linear.data import text_columns
 from st_linear.losses import TEACHER_ACTIVATIONS, TeacherActivation, check_choice, check_teacher
 from st_linear.records import read_json, write_json
 from st_linear.untrusted import guarded, refuse_bad_weights
@@ -177,6 +176,14 @@ def _cosines(
     parts = np.array_split(sides, len(sides) // _PAIRS_AT_A_TIME + 1)
     cosines = [np.einsum("ij,ij->i", *embeddings[part.T]) for part in parts]
     return np.concatenate(cosines).clip(0, 1)
+
+
+def text_columns(dataset: Dataset) -> list[str]:
+    """``sentence1``, ``sentence2`` and those that follow: two of pairs, more of groups."""
+    columns: list[str] = []
+    while (name := f"sentence{len(columns) + 1}") in dataset.column_names:
+        columns.append(name)
+    return columns
 
 
 def is_score_folder(folder: str | os.PathLike[str]) -> bool:

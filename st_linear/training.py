@@ -19,10 +19,11 @@ from sentence_transformers.base.sampler import DefaultBatchSampler
 from torch.utils.data import RandomSampler
 from transformers import TrainerCallback
 
-from st_linear.data import text_columns, token_counts
+from st_linear.data import token_counts
 from st_linear.losses import DistillationLoss
 from st_linear.records import has_bfloat16, read_json, write_json
 from st_linear.settings import Settings
+from st_linear.teachers import text_columns
 from st_linear.transfer import on_one_device, run_trainer
 
 logger = logging.getLogger(__name__)

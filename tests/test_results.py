@@ -126,8 +126,8 @@ def test_the_table_of_an_averaged_teacher_is_made_from_its_records() -> None:
     paths = {"gold": "after/record.json", "mined": "mined/record.json", "all-mined": "mined/ways/all-mined.json"}
     first = {name: read_json(RESULTS / path) for name, path in paths.items()}
     averaged = {path.stem: read_json(path) for path in (RESULTS / "mined" / "averaged").glob("*.json")}
-    longer = ("gold-3-epochs", "all-mined-3-epochs")
-    assert averaged.keys() == {*first, "new-sentences", *longer}
+    longer, grouped = ("gold-3-epochs", "all-mined-3-epochs"), ("gold-1-epoch", "groups-1-epoch")
+    assert averaged.keys() == {*first, "new-sentences", *longer, *grouped}
     settings = {name: made["students"]["softmax"][0]["settings"] for name, made in averaged.items()}
     for name, made in first.items():
         own = made["students"]["softmax"][0]["settings"]
@@ -135,16 +135,20 @@ def test_the_table_of_an_averaged_teacher_is_made_from_its_records() -> None:
     assert settings["new-sentences"] == settings["mined"]
     for name in longer:
         assert settings[name] == settings[name.removesuffix("-3-epochs")] | {"epochs": 3, "half": True}
+    for name, count in zip(grouped, (0, 4000)):
+        changed = {"epochs": 1, "learning_rate": 7e-5, "half": True, "evaluations": 8, "groups": count}
+        assert settings[name] == settings["gold"] | changed
     rows = []
     for teacher, records in (("CrossEncoder", first), ("averaged", averaged)):
-        for name in ("gold", "mined", "all-mined", "new-sentences", *longer):
+        for name in ("gold", "mined", "all-mined", "new-sentences", *longer, *grouped):
             if name not in records:
                 continue
             taught, one = records[name]["teacher"]["figures"], records[name]["students"]["softmax"][0]
-            pairs = one["teacher"]["mined"]
+            mined, groups = one["teacher"]["mined"], one["teacher"].get("groups")
+            pairs = f"{groups['groups']:,} groups" if groups else f"{mined['pairs']:,}" if mined else "–"
             ends = (taught["dev"], taught["test"], one["curve"][-1], one["final"]["natural"])
             figures = [f"{100 * of['pearson']:.2f}" for of in ends]
-            rows.append([teacher, f"`{name}`", f"{pairs['pairs']:,}" if pairs else "–", *figures])
+            rows.append([teacher, f"`{name}`", pairs, *figures])
     heads = [f"{who}, {split}" for who in ("teacher", "student") for split in ("dev", "test")]
     table = markdown.table(["teacher", "way", "mined pairs", *heads], rows)
     assert f"{table}\n" in (ROOT / "docs" / "distillation.md").read_text(encoding="utf-8"), f"\n{table}"
