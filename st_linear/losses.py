@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from st_linear.conversion import AttentionCall, linear_attentions, observe_attention
 from st_linear.feature_maps import feature_map_names, make_feature_map
 from st_linear.pair_head import DSEHead, find_dse_head
-from st_linear.transformer import LinearTransformer
+from st_linear.transformer import LinearTransformer, join_packed
 
 Head = Literal["cosine", "dse"]
 Objective = Literal["mse", "cosent"]
@@ -174,10 +174,17 @@ class DistillationLoss(nn.Module):
             shape = None if labels is None else tuple(labels.shape)
             raise ValueError(f"{size} text columns make {size * (size - 1) // 2} pairs a row, labels are {shape}")
         self._check_scores("teacher", labels)
-        texts = torch.stack([self.model(features)["sentence_embedding"].float() for features in columns], dim=1)
+        texts = torch.stack(self._embeddings(columns), dim=1)
         first, second = torch.tensor(list(combinations(range(size), 2)), device=texts.device).T
         scores = F.cosine_similarity(texts[:, first], texts[:, second], dim=-1)
         return self._compare(scores.flatten(), labels.float().flatten())
+
+    def _embeddings(self, columns: list[dict[str, Tensor]]) -> list[Tensor]:
+        """Of each column's texts, (B, D) in float32; packed columns are read as one batch."""
+        if all("cu_seq_lens_q" in features for features in columns):
+            texts = self.model(join_packed(columns))["sentence_embedding"]
+            return list(texts.float().chunk(len(columns)))
+        return [self.model(features)["sentence_embedding"].float() for features in columns]
 
     def _head_logits(self, u: Tensor, features: dict[str, Tensor]) -> Tensor:
         """The head's scores of u and the texts in ``features``."""

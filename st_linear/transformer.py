@@ -16,6 +16,7 @@ from sentence_transformers.base.modules.transformer import ProcessingKwargs
 from sentence_transformers.sentence_transformer.modules import Pooling
 from sentence_transformers.util import load_file_path
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import DataCollatorWithFlattening, PreTrainedModel
 
 from st_linear.adapters import CONFIG_NAME, NO_ADAPTER, WEIGHTS_NAME, Adapter, bundled_adapter_for, write_adapter
@@ -490,6 +491,19 @@ def _check_settings(max_seq_length: Any, position_extension: str, **settings: An
     check_position_extension(position_extension)
     if max_seq_length is not None and (not is_integer(max_seq_length) or max_seq_length < 1):
         raise ValueError(f"max_seq_length must be a positive number of tokens, got {max_seq_length!r}")
+
+
+def join_packed(batches: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The features of one packed batch with the texts of several, in their order."""
+    joined = dict(batches[0])
+    for name in ("input_ids", "position_ids"):
+        joined[name] = torch.cat([features[name] for features in batches], dim=1)
+    lengths = torch.cat([features["cu_seq_lens_q"].diff() for features in batches])
+    texts = torch.arange(len(lengths), dtype=torch.int32, device=lengths.device)
+    joined["seq_idx"] = texts.repeat_interleave(lengths)[None]
+    joined["cu_seq_lens_q"] = joined["cu_seq_lens_k"] = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    joined["max_length_q"] = joined["max_length_k"] = max(features["max_length_q"] for features in batches)
+    return joined
 
 
 def _packed_mask(features: dict[str, Any]) -> Tensor:

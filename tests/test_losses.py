@@ -330,6 +330,25 @@ class TestGroups:
             DistillationLoss(given_model(), alpha=1)(self.columns, GROUP_SCORES / 0)
 
 
+@pytest.mark.parametrize("name", ["softmax", "favor"])
+def test_packed_columns_of_a_group_are_one_batch(name: str, bert: str, text: Callable[..., str]) -> None:
+    columns = [[text(3 + 4 * row + column, seed=column) for row in range(5)] for column in range(4)]
+    losses, gradients, batches = [], [], []
+    for packed in (True, False):
+        model = convert(bert, feature_map=name)
+        model[0].unpad_inputs = packed
+        hook = model[0].register_forward_pre_hook(lambda *_, packed=packed: batches.append(packed))
+        loss = DistillationLoss(model, alpha=1, dropout=False)(map(model.preprocess, columns), GROUP_SCORES)
+        hook.remove()
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append({name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None})
+    assert batches == [True] + 4 * [False]
+    assert_close(*losses)
+    assert max(gradient.abs().max() for gradient in gradients[0].values()) > 1e-3
+    assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("dropout", [True, False])
 def test_dropout_can_be_left_out(dropout: bool, bert: str, text: Callable[..., str]) -> None:
     student = convert(bert, feature_map="softmax").train()

@@ -26,7 +26,7 @@ from transformers import AutoModel, BertForSequenceClassification
 import st_linear
 from st_linear import LinearTransformer, convert
 from st_linear.conversion import linear_attentions, split_state_dict
-from st_linear.transformer import WEIGHTS_NAME
+from st_linear.transformer import WEIGHTS_NAME, join_packed
 
 SETTINGS: dict[str, Any] = {
     "window": 8,
@@ -863,3 +863,17 @@ class TestMiniLM:
         assert (encode(other, long) - expected).abs().max() > 1e-4
         other[0].redraw(0)
         torch.testing.assert_close(encode(other, long), expected)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_packed_batches_join(family: str, encoder_folder: Callable[[str], str], text: Callable[..., str]) -> None:
+    model = convert(encoder_folder(family), **SETTINGS)
+    texts = [text(length, seed=length) for length in (7, 3, 30, 4, 12)]
+    batches = [model.preprocess(part) for part in (texts[:2], texts[2:3], texts[3:])]
+    joined, expected = join_packed(batches), model.preprocess(texts)
+    assert joined.keys() == expected.keys()
+    for key, value in expected.items():
+        if isinstance(value, Tensor):
+            torch.testing.assert_close(joined[key], value, rtol=0, atol=0)
+        else:
+            assert joined[key] == value

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from datasets import concatenate_datasets
 from sentence_transformers import SentenceTransformer
+from teacher import HALF
 
 from st_linear import add_teacher_scores, mine_groups
 
@@ -27,7 +28,7 @@ class ReadOnce(SentenceTransformer):
     def __init__(self, folder: str, sentences: list[str]) -> None:
         super().__init__(folder)
         self.rows = {sentence: row for row, sentence in enumerate(sentences)}
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=HALF):
             found = super().encode(sentences, batch_size=64, convert_to_tensor=True, show_progress_bar=True)
         self.embeddings = torch.nn.functional.normalize(found.float(), dim=1)  # type: ignore[union-attr]
 

@@ -9,6 +9,7 @@ file, which the bi-encoder scores alone.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -19,16 +20,45 @@ from sentence_transformers import (
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
 )
-from sentence_transformers.sentence_transformer.losses import CosineSimilarityLoss
+from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import set_seed
 
 from st_linear import load, mine_pairs
 from st_linear.recipe import Pairs, packaged_base
+from st_linear.records import has_bfloat16
 from st_linear.teachers import read_mined_pairs, read_teacher_scores
+
+HALF = has_bfloat16()
+"""Whether bfloat16 pays: a processor without it takes many times as long as with float32."""
+
+
+class Regression(nn.Module):
+    """Sentence Transformers' ``CosineSimilarityLoss`` on texts of like length together: padding was three fifths."""
+
+    def __init__(self, model: SentenceTransformer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) -> Tensor:
+        columns = list(sentence_features)
+        width = max(features["input_ids"].shape[1] for features in columns)
+        ids, mask = (
+            torch.cat([F.pad(features[name], (0, width - features[name].shape[1])) for features in columns])
+            for name in ("input_ids", "attention_mask")
+        )
+        order = mask.sum(dim=1).argsort()
+        parts = []
+        for rows in order.split(16):
+            longest = int(mask[rows].sum(dim=1).max())
+            trimmed = {"input_ids": ids[rows, :longest], "attention_mask": mask[rows, :longest]}
+            parts.append(self.model(trimmed)["sentence_embedding"])
+        first, second = torch.cat(parts)[order.argsort()].float().chunk(2)
+        return F.mse_loss(F.cosine_similarity(first, second), labels.float())
 
 
 def fine_tuned(base: str, pairs: Pairs, folder: Path) -> SentenceTransformer:
-    """The bi-encoder, two epochs in bfloat16; from ``folder`` if it is there."""
+    """The bi-encoder, two epochs, in bfloat16 where that pays; from ``folder`` if it is there."""
     if folder.is_dir():
         return SentenceTransformer(str(folder))
     set_seed(0)
@@ -41,14 +71,13 @@ def fine_tuned(base: str, pairs: Pairs, folder: Path) -> SentenceTransformer:
         learning_rate=3e-5,
         warmup_steps=0.1,
         seed=0,
-        bf16=True,
+        bf16=HALF,
         use_cpu=True,
         save_strategy="no",
         report_to="none",
     )
     columns = pairs.train.select_columns(["sentence1", "sentence2", "score"])
-    loss = CosineSimilarityLoss(model)
-    SentenceTransformerTrainer(model=model, args=arguments, train_dataset=columns, loss=loss).train()
+    SentenceTransformerTrainer(model=model, args=arguments, train_dataset=columns, loss=Regression(model)).train()
     model.save_pretrained(str(folder))
     return model
 
@@ -56,7 +85,7 @@ def fine_tuned(base: str, pairs: Pairs, folder: Path) -> SentenceTransformer:
 def cosines(model: SentenceTransformer, pairs: Dataset) -> np.ndarray:
     """Of the two sentences of each pair, brought into 0–1."""
     sentences = sorted({*pairs["sentence1"], *pairs["sentence2"]})
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=HALF):
         embeddings = model.encode(sentences, batch_size=64, convert_to_tensor=True).float()
     vectors = dict(zip(sentences, torch.nn.functional.normalize(embeddings, dim=1).numpy()))
     found = [float(vectors[a] @ vectors[b]) for a, b in zip(pairs["sentence1"], pairs["sentence2"])]
