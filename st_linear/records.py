@@ -55,7 +55,7 @@ def environment() -> dict[str, Any]:
 
 def has_bfloat16(device: torch.device | None = None) -> bool:
     """
-    Whether a device multiplies bfloat16 in hardware: elsewhere it is slower than float32, up to seven times.
+    Whether a device multiplies bfloat16 in hardware: elsewhere it is many times slower than float32.
 
     Args:
         device: None = the GPU if there is one, else the CPU.
